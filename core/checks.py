@@ -1,0 +1,122 @@
+"""Checks across a job's values that need no torch and start nothing: files, modules, packages, mesh arithmetic."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import JobError, Problem, did_you_mean
+from .importing import find_object
+from .job import Job
+from .parallel import microbatches_per_step
+from .suggest import nearest, similar_files
+
+_BUILT_IN_SOURCES = ("digits",)
+_EXTRAS = {"s3": "s3", "s3a": "s3"}
+
+
+Place = Callable[[str], str]
+
+
+def check_job(
+    job: Job, place: Place = str, *, recipes: Collection[str] = (), world: int | None = None
+) -> list[Problem]:
+    """What is wrong with ``job`` beyond the types of its values.
+
+    Args:
+        place: from a dotted key to where its value was set, as messages name it.
+        recipes: names of the built-in recipes; empty leaves the name of a recipe without ``:`` unchecked.
+        world: the number of ranks where it is known; else it is taken from ``resources`` where that gives numbers.
+    """
+    per_node = job.resources.nproc_per_node
+    if world is None and isinstance(per_node, int):
+        world = job.resources.nodes * per_node
+    problems = [*_evaluation(job), *(_batch(job, world) if world is not None else ())]
+    return [*check_references(job, place, recipes=recipes), *_placed(problems, place)]
+
+
+def check_references(job: Job, place: Place = str, *, recipes: Collection[str] = ()) -> list[Problem]:
+    """What is wrong with the things outside that ``job`` names: modules, files, filesystems, packages."""
+    return _placed([*_recipe(job, recipes), *_source(job), *_urls(job), *_extras(job)], place)
+
+
+def _placed(problems: Iterable[Problem], place: Place) -> list[Problem]:
+    return [Problem(problem.what, place(problem.where), problem.hint) for problem in problems]
+
+
+def is_url(text: str) -> bool:
+    """Whether ``text`` is an fsspec URL rather than a local path."""
+    return "://" in text
+
+
+def _recipe(job: Job, recipes: Collection[str]) -> Iterator[Problem]:
+    if ":" in job.recipe:
+        yield from _object(job.recipe, "recipe")
+    elif recipes and job.recipe not in recipes:
+        hint = did_you_mean(job.recipe, recipes)
+        yield Problem(f"no built-in recipe '{job.recipe}'", "recipe", f"{hint}; your own is 'module:Class'")
+
+
+def _source(job: Job) -> Iterator[Problem]:
+    source, where = job.data.source, "data.source"
+    if source in _BUILT_IN_SOURCES or is_url(source):
+        return
+    if source.endswith(".npz"):
+        if not Path(source).is_file():
+            yield Problem(f"no such file: '{source}'", where, similar_files(Path(source), (".npz",)))
+    elif ":" in source:
+        yield from _object(source, where)
+    else:
+        near = nearest(source, _BUILT_IN_SOURCES)
+        hint = f"did you mean '{near}'?" if near else "expected 'digits', an .npz file or URL, or 'module:function'"
+        yield Problem(f"no data source '{source}'", where, hint)
+
+
+def _object(spec: str, where: str) -> Iterator[Problem]:
+    try:
+        find_object(spec, where)
+    except JobError as error:
+        yield from error.problems
+
+
+def _urls(job: Job) -> Iterator[Problem]:
+    for where, text in (("data.source", job.data.source), ("checkpoint.to", job.checkpoint.to or "")):
+        if is_url(text):
+            yield from _protocols(text, where)
+
+
+def _protocols(url: str, where: str) -> Iterator[Problem]:
+    """Whether every filesystem that ``url`` goes through is known to fsspec, and installed."""
+    registry: Any = importlib.import_module("fsspec.registry")  # it has no type stubs
+    for link in url.split("::"):
+        protocol = link.partition("://")[0]
+        if protocol not in registry.available_protocols():
+            yield Problem(f"unknown protocol '{protocol}://'", where, did_you_mean(protocol, ("file", "gs", "s3")))
+        elif protocol in registry.known_implementations:
+            package = registry.known_implementations[protocol]["class"].partition(".")[0]
+            if importlib.util.find_spec(package) is None:
+                extra = _EXTRAS.get(protocol)
+                install = f"'dltrain[{extra}]'" if extra else package
+                yield Problem(f"'{protocol}://' needs the package {package}", where, f"pip install {install}")
+
+
+def _batch(job: Job, world: int) -> Iterator[Problem]:
+    try:
+        data = job.parallel.axes(world)["data"]
+        microbatches_per_step(job.train.microbatches, global_batch=job.train.global_batch, data=data)
+    except JobError as error:
+        yield from error.problems
+
+
+def _evaluation(job: Job) -> Iterator[Problem]:
+    if job.train.evaluate_every is not None and job.data.split.val == 0:
+        yield Problem("there is nothing to evaluate on", "train.evaluate_every", "data.split.val is 0")
+
+
+def _extras(job: Job) -> Iterator[Problem]:
+    if job.tracking.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        hint = "pip install 'dltrain[tensorboard]'"
+        yield Problem("TensorBoard is not installed", "tracking.tensorboard", hint)

@@ -1,0 +1,156 @@
+"""What a storage does with files, and doing it on the local filesystem by plain system calls."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+Chunk = bytes | bytearray | memoryview
+
+PARTIAL = ".partial"
+"""Ending of files that are still being written."""
+
+
+class Folder(ABC):
+    """A folder on one kind of filesystem; the methods are :class:`~.storage.Storage`'s, with names already checked.
+
+    Attributes:
+        shown: its absolute path or URL, fit to be shown.
+    """
+
+    shown: str
+
+    @abstractmethod
+    def write(self, name: str, chunks: Iterable[Chunk]) -> None: ...
+
+    @abstractmethod
+    def read(self, name: str) -> bytes: ...
+
+    @abstractmethod
+    def read_range(self, name: str, begin: int, end: int) -> bytearray: ...
+
+    @abstractmethod
+    def size(self, name: str) -> int: ...
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]: ...
+
+    @abstractmethod
+    def folders(self) -> list[str]: ...
+
+    @abstractmethod
+    def remove(self, name: str) -> None: ...
+
+    @abstractmethod
+    def remove_tree(self, name: str) -> None: ...
+
+    @abstractmethod
+    def hint(self, error: OSError) -> str:
+        """What a user could do about ``error``."""
+
+
+class LocalFolder(Folder):
+    """A folder of this machine (or one that is mounted)."""
+
+    def __init__(self, path: str) -> None:
+        self._root = Path(path).expanduser().absolute()
+        self.shown = str(self._root)
+
+    def write(self, name: str, chunks: Iterable[Chunk]) -> None:
+        path = self._root / name
+        _make_durable_folder(path.parent)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}{PARTIAL}")
+        try:
+            with partial.open("xb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+    def read(self, name: str) -> bytes:
+        return (self._root / name).read_bytes()
+
+    def read_range(self, name: str, begin: int, end: int) -> bytearray:
+        path = self._root / name
+        data = bytearray(end - begin)
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            left = memoryview(data)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise ends_early(end, str(path))
+                left = left[count:]
+        return data
+
+    def size(self, name: str) -> int:
+        path = self._root / name
+        if path.is_dir():
+            raise is_a_folder(str(path))
+        return path.stat().st_size
+
+    def names(self, folder: str) -> list[str]:
+        found = (Path(base) / file for base, _, files in os.walk(self._root / folder) for file in files)
+        return [path.relative_to(self._root).as_posix() for path in found]
+
+    def folders(self) -> list[str]:
+        try:
+            with os.scandir(self._root) as entries:
+                return [entry.name for entry in entries if entry.is_dir()]
+        except FileNotFoundError:
+            return []
+
+    def remove(self, name: str) -> None:
+        path = self._root / name
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            _sync_folder(path.parent)
+
+    def remove_tree(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._root / name)
+
+    def hint(self, error: OSError) -> str:
+        return "name another folder, or free some space" if error.errno == errno.ENOSPC else "name another folder"
+
+
+def ends_early(end: int, path: str) -> OSError:
+    return OSError(errno.EIO, f"the file ends before byte {end}", path)
+
+
+def is_a_folder(path: str) -> OSError:
+    return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+
+
+def _make_durable_folder(folder: Path) -> None:
+    missing: list[Path] = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        _sync_folder(new.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make new, renamed and removed entries of ``folder`` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some FUSE filesystems cannot, and need not
+            raise
+    finally:
+        os.close(fd)

@@ -1,0 +1,74 @@
+"""Metric rows: what each rank measured over some steps, and their reduction to one row of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+#: One rank's JSON-able record of the steps since its last one. Keys: ``step`` (completed optimizer steps), ``loss``
+#: and ``norm`` (by part; the ranks' loss shares add up), ``samples``, ``steps``, ``seconds`` and ``wait`` (step time,
+#: and the part of it spent waiting for data), ``at`` (Unix time), ``lr``, ``epoch``, ``metrics`` (already reduced).
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One row of the run, reduced over ranks.
+
+    Attributes:
+        step: completed optimizer steps.
+        at: Unix time at which the last rank completed it.
+        metrics: by name, such as ``train/loss``.
+        steps: optimizer steps since the previous row.
+        compute: seconds of those steps that were not spent waiting for data (the mean over ranks).
+        wait: seconds of them spent waiting for data (the mean over ranks).
+    """
+
+    step: int
+    at: float
+    metrics: dict[str, float]
+    steps: int
+    compute: float
+    wait: float
+
+
+def reduce_rows(rows: list[Row]) -> RunRow:
+    """Reduce one step's rows, in rank order, to the run's row. Sums run in rank order: the same bits every time."""
+    first = rows[0]
+    slowest = max(row["seconds"] for row in rows)
+    metrics: dict[str, float] = {}
+    for part in first["loss"]:
+        name = "train/loss" if len(first["loss"]) == 1 else f"train/{part}/loss"
+        metrics[name] = sum(row["loss"][part] for row in rows)
+    for part, norm in first["norm"].items():
+        metrics["train/grad_norm" if len(first["norm"]) == 1 else f"train/{part}/grad_norm"] = norm
+    metrics["train/lr"] = first["lr"]
+    metrics["train/epoch"] = first["epoch"]
+    metrics["train/samples_per_second"] = first["samples"] / slowest if slowest > 0 else 0.0
+    metrics["train/step_seconds"] = slowest / first["steps"]
+    metrics["train/data_seconds"] = max(row["wait"] for row in rows) / first["steps"]
+    for row in rows:
+        metrics.update(row["metrics"])
+    wait = sum(row["wait"] for row in rows) / len(rows)
+    seconds = sum(row["seconds"] for row in rows) / len(rows)
+    return RunRow(first["step"], max(row["at"] for row in rows), metrics, first["steps"], seconds - wait, wait)
+
+
+@dataclass
+class RowReducer:
+    """Collects the rows of ``world`` ranks and gives out each step once all ranks have it, in order of steps."""
+
+    world: int
+    _waiting: dict[int, dict[int, Row]] = field(default_factory=dict[int, dict[int, Row]])
+
+    def add(self, rank: int, rows: Iterable[Row]) -> list[RunRow]:
+        """Take over a rank's rows; the run's rows that are now complete."""
+        complete: list[RunRow] = []
+        for row in rows:
+            ranks = self._waiting.setdefault(row["step"], {})
+            ranks[rank] = row
+            if len(ranks) == self.world:
+                del self._waiting[row["step"]]
+                complete.append(reduce_rows([ranks[r] for r in range(self.world)]))
+        return sorted(complete, key=lambda row: row.step)
