@@ -1,0 +1,231 @@
+"""Writing a checkpoint: who writes which piece, one shard file a rank, and the manifest last.
+
+Shards may be written by any number of processes at once; only after all of their records have arrived is
+:func:`commit` called, by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from ..core.storage import Storage
+from .manifest import FORMAT, MANIFEST, Cursor, Manifest, PieceEntry, TensorEntry, folder_name
+from .shardfile import ITEMSIZE, Item, header, nbytes, order
+
+if TYPE_CHECKING:
+    from ..core.contracts import ShardedState
+
+_PIECE = 8 << 20  # bytes under one hash at most, so that a slice of a large tensor can be read and verified alone
+
+
+class PieceKey(NamedTuple):
+    """A box of a tensor that some ranks hold: the same key on two ranks is the same data."""
+
+    fqn: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+class PieceRecord(BaseModel):
+    """A piece that has been written; ``model_dump()`` is JSON-able, to be sent to whoever commits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fqn: str
+    dtype: str
+    whole: tuple[int, ...]
+    """Shape of the tensor that it is a piece of."""
+    piece: PieceEntry
+
+
+def held(shards: ShardedState) -> list[PieceKey]:
+    """The pieces that this rank holds, by name.
+
+    Raises:
+        TypeError: a tensor's dtype cannot be stored; the message names it.
+    """
+    from .tensors import code
+
+    keys: list[PieceKey] = []
+    for fqn, shard in sorted(shards.items()):
+        try:
+            dtype = code(shard.data.dtype)
+        except TypeError as error:
+            raise TypeError(f"{fqn}: {error}") from None
+        shape = tuple(shard.data.shape)
+        keys.append(PieceKey(fqn, tuple(shard.offset), shape, dtype, nbytes(dtype, shape)))
+    return keys
+
+
+def assign(holdings: Sequence[Sequence[PieceKey]]) -> list[list[PieceKey]]:
+    """For each rank the pieces it writes, when rank ``i`` holds ``holdings[i]``: every distinct piece exactly once.
+
+    The bytes are balanced greedily: pieces with one holder first, then the largest first, each to the holder that
+    has the fewest so far (Graham's longest-processing-time rule). The same on every rank that asks.
+    """
+    holders: dict[PieceKey, list[int]] = {}
+    for rank, keys in enumerate(holdings):
+        for key in dict.fromkeys(keys):
+            holders.setdefault(key, []).append(rank)
+    load = [0] * len(holdings)
+    chosen: list[list[PieceKey]] = [[] for _ in holdings]
+    for key in sorted(holders, key=lambda key: (len(holders[key]) > 1, -key.nbytes, key)):
+        rank = min(holders[key], key=lambda rank: (load[rank], len(chosen[rank]), rank))
+        load[rank] += key.nbytes
+        chosen[rank].append(key)
+    return [sorted(keys) for keys in chosen]
+
+
+def shard_name(rank: int, world: int) -> str:
+    """File name of a rank's shard."""
+    return f"shard-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def write_shard(
+    storage: Storage, step: int, rank: int, world: int, shards: ShardedState, mine: Sequence[PieceKey]
+) -> list[PieceRecord]:
+    """Write this rank's pieces as one safetensors file, and say where each landed. A rank with none writes none.
+
+    At most one tensor is copied at a time. A manifest left in the folder by an earlier save of the same step is
+    removed first: it would name bytes that are being replaced.
+
+    Raises:
+        OSError: the storage failed; nothing that counts as a checkpoint was left.
+        ValueError: ``mine`` names a piece that ``shards`` does not hold.
+    """
+    if not mine:
+        return []
+    _check_held(mine, shards)
+    keys = {Item(_label(key, shards[key.fqn].shape), key.dtype, key.shape): key for key in mine}
+    items = sorted(keys, key=order)
+    file, records = shard_name(rank, world), list[PieceRecord]()
+    storage.remove(f"{folder_name(step)}/{MANIFEST}")
+    chunks = _stream(items, [keys[item] for item in items], shards, file, records)
+    storage.write(f"{folder_name(step)}/{file}", chunks)
+    return records
+
+
+def tensor_table(records: Iterable[PieceRecord]) -> dict[str, TensorEntry]:
+    """The manifest's tensors from what all ranks wrote.
+
+    Raises:
+        ValueError: the pieces of a tensor disagree about it, or do not tile it.
+    """
+    pieces: dict[str, list[PieceRecord]] = {}
+    for record in records:
+        pieces.setdefault(record.fqn, []).append(record)
+    table: dict[str, TensorEntry] = {}
+    for fqn, found in sorted(pieces.items()):
+        kinds = {(record.whole, record.dtype) for record in found}
+        if len(kinds) > 1:
+            raise ValueError(f"{fqn}: ranks disagree about its shape and dtype: {sorted(kinds)}")
+        ((whole, dtype),) = kinds
+        tiles = sorted((record.piece for record in found), key=lambda piece: (piece.offset, piece.shape))
+        table[fqn] = TensorEntry(shape=whole, dtype=dtype, pieces=tuple(tiles))
+    return table
+
+
+def make_manifest(
+    records: Iterable[PieceRecord],
+    *,
+    step: int,
+    total_steps: int,
+    samples: int,
+    world: int,
+    job: dict[str, JsonValue],
+    rng: dict[str, JsonValue] | None = None,
+    tracking: dict[str, JsonValue] | None = None,
+    extra: dict[str, JsonValue] | None = None,
+) -> Manifest:
+    """The manifest of a checkpoint that all ranks have written, as of now.
+
+    Raises:
+        ValueError: the records do not tile every tensor exactly.
+    """
+    return Manifest(
+        format=FORMAT,
+        dltrain=version("dltrain"),
+        created=datetime.now(UTC),
+        step=step,
+        total_steps=total_steps,
+        job=job,
+        world=world,
+        cursor=Cursor(step=step, samples=samples),
+        rng=rng or {},
+        tracking=tracking or {},
+        extra=extra or {},
+        tensors=tensor_table(records),
+    )
+
+
+def commit(storage: Storage, manifest: Manifest) -> None:
+    """Make the checkpoint one: write its manifest. Every shard it names must be durable."""
+    storage.write(f"{folder_name(manifest.step)}/{MANIFEST}", [manifest.model_dump_json().encode()])
+
+
+def _check_held(mine: Sequence[PieceKey], shards: ShardedState) -> None:
+    missing = set(mine) - set(held({key.fqn: shards[key.fqn] for key in mine if key.fqn in shards}))
+    if missing:
+        raise ValueError(f"this rank does not hold {min(missing)}")
+
+
+def _label(key: PieceKey, whole: Sequence[int]) -> str:
+    """The piece's name in its file: the tensor's, with the box where it is not the whole."""
+    if tuple(whole) == key.shape:
+        return key.fqn
+    box = ",".join(f"{begin}:{begin + extent}" for begin, extent in zip(key.offset, key.shape, strict=True))
+    return f"{key.fqn}[{box}]"
+
+
+def _stream(
+    items: Sequence[Item],
+    keys: Sequence[PieceKey],
+    shards: ShardedState,
+    file: str,
+    records: list[PieceRecord],
+) -> Iterator[bytes | memoryview]:
+    """The bytes of the file in order; appends a record for each piece as it goes out."""
+    from .tensors import to_bytes
+
+    start = header(items)
+    yield start
+    begin = len(start)
+    for key in keys:
+        shard = shards[key.fqn]
+        data, done = to_bytes(shard.data), 0
+        for offset, shape in _cut(key.offset, key.shape, ITEMSIZE[key.dtype]):
+            size = nbytes(key.dtype, shape)
+            block, done = data[done : done + size], done + size
+            digest = hashlib.sha256(block).hexdigest()
+            piece = PieceEntry(file=file, offset=offset, shape=shape, begin=begin, end=begin + size, sha256=digest)
+            records.append(PieceRecord(fqn=key.fqn, dtype=key.dtype, whole=tuple(shard.shape), piece=piece))
+            begin += size
+            yield block
+
+
+def _cut(
+    offset: tuple[int, ...], shape: tuple[int, ...], itemsize: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Boxes of at most ``_PIECE`` bytes (or one element) that follow each other in the row-major box given."""
+    size = itemsize
+    for extent in shape:
+        size *= extent
+    axis = next((axis for axis, extent in enumerate(shape) if extent > 1), None)
+    if size <= _PIECE or axis is None:
+        yield offset, shape
+        return
+    row = size // shape[axis]
+    rows = max(1, _PIECE // row)
+    for first in range(0, shape[axis], rows):
+        count = min(rows, shape[axis] - first)
+        at = (*offset[:axis], offset[axis] + first, *offset[axis + 1 :])
+        box = (*shape[:axis], count, *shape[axis + 1 :])
+        yield from _cut(at, box, itemsize)
