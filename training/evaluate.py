@@ -1,0 +1,38 @@
+"""Evaluation over a part of the data: exact means over samples, whoever computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from ..core.contracts import Batch, Engine
+
+
+def evaluate(engine: Engine, batches: Iterable[tuple[Batch, int]], *, world: int) -> dict[str, float]:
+    """The mean of each of the recipe's metrics over all samples of all ranks' ``batches``.
+
+    ``batches`` gives (batch, number of its samples); ranks may have different numbers of batches, or none. Collective
+    over the process group when ``world`` > 1. Sums are kept in float64, so counts are exact.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    count = 0
+    for batch, samples in batches:
+        for name, values in engine.evaluate(batch).items():
+            if values.shape != (samples,):
+                raise ValueError(
+                    f"metric {name!r} must be one value per sample: ({samples},), not {tuple(values.shape)}"
+                )
+            total = values.double().sum()
+            sums[name] = sums[name] + total if name in sums else total
+        count += samples
+    local = (count, {name: float(value) for name, value in sums.items()})
+    everyone: list[tuple[int, dict[str, float]]] = [local]
+    if world > 1:
+        gathered: list[tuple[int, dict[str, float]] | None] = [None] * world
+        dist.all_gather_object(gathered, local)
+        everyone = [item for item in gathered if item is not None]
+    total_count = sum(samples for samples, _ in everyone)
+    names = sorted({name for _, values in everyone for name in values})
+    return {name: sum(values.get(name, 0.0) for _, values in everyone) / total_count for name in names}

@@ -1,0 +1,261 @@
+"""The step loop: data, step, report; now and then evaluate, save, and agree whether to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from ..checkpoint.manifest import Manifest
+from ..core.contracts import Batch, StepResult
+from ..core.errors import JobError, Problem
+from ..core.job import Job
+from ..core.keys import derive
+from ..core.parallel import microbatches_per_step
+from ..core.pulse import Pulse
+from ..core.rows import Row
+from ..core.storage import Storage
+from ..data.loader import Loader, eval_batches
+from ..data.normalize import Normalizer
+from ..data.order import StepPlan
+from ..data.sources import open_source
+from ..data.split import Subset, split
+from ..strategies.build import build_engine
+from ..strategies.schedule import learning_rate
+from .agree import Agreement
+from .context import Context
+from .evaluate import evaluate
+from .recipes import load_recipe
+from .reporter import Reporter
+from .snapshot import Position, SaveFailed, Snapshots
+
+
+class Trainer:
+    """One rank's whole training: built from the job, then :meth:`run` once."""
+
+    def __init__(
+        self, job: Job, *, ctx: Context, device: torch.device, storage: Storage, reporter: Reporter, pulse: Pulse
+    ) -> None:
+        self._job, self._ctx, self._device = job, ctx, device
+        self._reporter, self._pulse = reporter, pulse
+        world = ctx.world_size
+        self._data_ranks = job.parallel.axes(world)["data"]
+        self._source = open_source(job.data)
+        self._parts = split(len(self._source), job.data.split)
+        train = job.train
+        self._plan = StepPlan(
+            n=len(self._parts["train"]),
+            seed=job.seed,
+            global_batch=train.global_batch,
+            microbatches=microbatches_per_step(
+                train.microbatches, global_batch=train.global_batch, data=self._data_ranks
+            ),
+            epochs=train.epochs,
+            steps=train.steps,
+            last_step=train.last_step,
+        )
+        self._normalizer: Normalizer | None = None
+        self._evaluate_every = train.evaluate_every or math.ceil(len(self._parts["train"]) / train.global_batch)
+        torch.manual_seed(derive(job.seed, "weights"))
+        self._engine = build_engine(
+            job, load_recipe(job), world=world, device=device, reseed=self._reseed, mark=pulse.mark
+        )
+        self._snapshots = Snapshots(storage, job, rank=ctx.rank, world=world, reporter=reporter)
+
+    def run(self, *, restore_urls: Sequence[str], tracking: dict[str, Any]) -> None:
+        """Train to the end, or to the step at which all ranks agree to stop; save, and report how it ended."""
+        self._tracking = tracking
+        start = self._restore(restore_urls)
+        self._say_setup(start)
+        done = self._steps(start)
+        finished = done >= self._plan.total_steps
+        metrics: dict[str, float] = {}
+        if finished:
+            metrics = self._evaluate("val") | self._evaluate("test")
+            self._reporter.annotate(metrics)
+        if done > 0 and self._snapshots.newest != done:
+            self._save(done)
+        self._reporter.sync()
+        if self._ctx.rank == 0:
+            status = "finished" if finished else "stopped"
+            self._reporter.send("end", status=status, step=done, metrics=metrics)
+
+    def _restore(self, urls: Sequence[str]) -> int:
+        """Load the newest checkpoint, if there is one, and settle the normalisation; the number of completed steps.
+
+        Raises:
+            JobError: the checkpoint lies beyond the job's end.
+        """
+        self._pulse.mark("checkpoint")
+        manifest = self._snapshots.restore(self._engine, urls)
+        if self._job.data.normalize:
+            self._normalizer = (
+                self._fit_normalizer()
+                if manifest is None or "normalizer" not in manifest.extra
+                else _saved_normalizer(manifest)
+            )
+        if manifest is None:
+            return 0
+        if manifest.step > self._plan.total_steps:
+            what = f"the checkpoint is of step {manifest.step}, the job ends at step {self._plan.total_steps}"
+            raise JobError(Problem(what, "train.steps" if self._job.train.steps else "train.epochs", "train longer"))
+        return manifest.cursor.step
+
+    def _fit_normalizer(self) -> Normalizer:
+        """Rank 0 reads the training part once; all ranks take its figures."""
+        box = [Normalizer.fit(self._source, self._parts["train"]).state() if self._ctx.rank == 0 else None]
+        if self._ctx.world_size > 1:
+            dist.broadcast_object_list(box)
+        assert box[0] is not None
+        return Normalizer.from_state(box[0])
+
+    def _say_setup(self, start: int) -> None:
+        if self._ctx.rank == 0:
+            parameters = sum(
+                math.prod(shard.shape) for name, shard in self._engine.state().items() if name.startswith("model.")
+            )
+            self._reporter.send(
+                "setup",
+                start=start,
+                total_steps=self._plan.total_steps,
+                parameters=parameters,
+                samples={name: len(indices) for name, indices in self._parts.items()},
+                device=str(self._device),
+            )
+
+    def _steps(self, start: int) -> int:
+        """Train from step ``start`` on; the number of completed steps."""
+        agreement = Agreement(world=self._ctx.world_size, step=start)
+        loader = Loader(
+            Subset(self._source, self._parts["train"]),
+            self._plan,
+            rank=self._ctx.rank,
+            data_ranks=self._data_ranks,
+            normalizer=self._normalizer,
+            start_step=start,
+            prefetch=self._job.data.prefetch,
+            workers=self._job.data.workers,
+        )
+        meter = _Meter(self._plan)
+        try:
+            batches = iter(loader)
+            for step in range(start, self._plan.total_steps):
+                if agreement.due(step):
+                    self._reporter.sync()
+                    if agreement.ask(step, self._reporter.stop_requested):
+                        return step
+                self._one_step(step, batches, meter)
+                self._after(step + 1, meter)
+        finally:
+            loader.close()
+        return self._plan.total_steps
+
+    def _one_step(self, step: int, batches: Iterator[list[Batch]], meter: _Meter) -> None:
+        train = self._job.train
+        self._pulse.mark("data", step)
+        begin = time.monotonic()
+        microbatches = [_to(batch, self._device) for batch in next(batches)]
+        wait = time.monotonic() - begin
+        lr = learning_rate(train.schedule, peak=train.optimizer.lr, step=step, total_steps=self._plan.total_steps)
+        result = self._engine.step(microbatches, lr)
+        meter.add(step, seconds=time.monotonic() - begin, wait=wait)
+        if (step + 1) % train.log_every == 0 or self._evaluates(step + 1):
+            self._reporter.row(meter.row(step + 1, result, lr))
+
+    def _after(self, done: int, meter: _Meter) -> None:
+        """What comes between steps: evaluation and checkpoints at the steps the job names."""
+        if self._evaluates(done) and done < self._plan.total_steps:
+            self._reporter.annotate(self._evaluate("val"))
+        every = self._job.checkpoint.every
+        if every and done % every == 0 and done < self._plan.total_steps:
+            try:
+                self._save(done)
+            except SaveFailed as error:  # training can go on; the older checkpoints are still there
+                if self._ctx.rank == 0:
+                    self._reporter.send("note", text=str(error))
+
+    def _evaluates(self, done: int) -> bool:
+        return done % self._evaluate_every == 0 or done == self._plan.total_steps
+
+    def _evaluate(self, part: str) -> dict[str, float]:
+        """The recipe's metrics over a part of the data, as ``part/name``; empty when the part has no samples."""
+        if not len(self._parts[part]):
+            return {}
+        self._pulse.mark("evaluate")
+        self._engine.share_buffers()
+        batches = eval_batches(
+            self._source,
+            self._parts[part],
+            rank=self._ctx.rank,
+            data_ranks=self._data_ranks,
+            batch_size=64,
+            normalizer=self._normalizer,
+        )
+        moved = ((_to(batch, self._device), count) for batch, count in batches)
+        return {
+            f"{part}/{name}": value for name, value in evaluate(self._engine, moved, world=self._data_ranks).items()
+        }
+
+    def _save(self, done: int) -> None:
+        self._pulse.mark("checkpoint")
+        self._engine.share_buffers()
+        extra = {"normalizer": self._normalizer.state()} if self._normalizer is not None else {}
+        position = Position(done, self._plan.samples_before(done), self._plan.total_steps, extra)
+        self._snapshots.save(self._engine, position, self._tracking)
+
+    def _reseed(self, step: int, microbatch: int) -> None:
+        key = derive(self._job.seed, "step", step, microbatch)
+        torch.default_generator.manual_seed(key)
+        if self._device.type == "cuda":
+            torch.cuda.default_generators[self._device.index].manual_seed(key)
+
+
+class _Meter:
+    """Adds up step times between two rows of metrics."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self._plan = plan
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps, self._samples, self._seconds, self._wait = 0, 0, 0.0, 0.0
+
+    def add(self, step: int, *, seconds: float, wait: float) -> None:
+        self._steps += 1
+        self._samples += self._plan.samples_before(step + 1) - self._plan.samples_before(step)
+        self._seconds += seconds
+        self._wait += wait
+
+    def row(self, done: int, result: StepResult, lr: float) -> Row:
+        """This rank's row after ``done`` steps; the sums begin anew."""
+        row: Row = {
+            "step": done,
+            "loss": {part: float(loss) for part, loss in result.loss.items()},
+            "norm": {part: float(norm) for part, norm in result.grad_norm.items()},
+            "samples": self._samples,
+            "steps": self._steps,
+            "seconds": self._seconds,
+            "wait": self._wait,
+            "at": time.time(),
+            "lr": lr,
+            "epoch": self._plan.samples_before(done) / self._plan.n,
+            "metrics": {},
+        }
+        self._clear()
+        return row
+
+
+def _saved_normalizer(manifest: Manifest) -> Normalizer:
+    """The figures that the run began with, so that new data does not shift the inputs under the weights."""
+    return Normalizer.from_state(cast(dict[str, float], manifest.extra["normalizer"]))
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cpu":
+        return batch
+    fields = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.fields.items()}
+    return Batch(fields, batch.step, batch.index, batch.weight)

@@ -1,0 +1,149 @@
+"""Where a rank's news goes: to its node agent, or, under plain torchrun, to rank 0's own files and terminal."""
+
+from __future__ import annotations
+
+import select
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ..core.rows import Row, RowReducer
+from ..core.wire import Channel
+from ..tracking.journal import Journal
+
+
+class Reporter(ABC):
+    """Rows are kept until :meth:`sync`, which all ranks call at the same steps."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+        self._last_row = 0
+        self._stop = False
+
+    def row(self, row: Row) -> None:
+        self._rows.append(row)
+        self._last_row = row["step"]
+
+    def annotate(self, metrics: Mapping[str, float]) -> None:
+        """Add reduced metrics, such as an evaluation's, to the newest row that is still here. Rank 0's count."""
+        if self._rows:
+            self._rows[-1]["metrics"].update(metrics)
+
+    def request_stop(self) -> None:
+        """Ask for a stop at the next question to all ranks. Safe in a signal handler."""
+        self._stop = True
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Deliver the rows kept so far and take in requests. May be collective."""
+
+    @abstractmethod
+    def settle(self, timeout: float) -> bool:
+        """Wait until every row given so far is on the disk; False after ``timeout`` seconds. For rank 0, after all
+        ranks have called :meth:`sync`: a checkpoint must not be ahead of the metrics.
+        """
+
+    @abstractmethod
+    def send(self, kind: str, **data: Any) -> None:
+        """Tell of an event at once."""
+
+    @abstractmethod
+    def close(self, timeout: float) -> None:
+        """Deliver what is left, waiting at most ``timeout`` seconds."""
+
+
+class ChannelReporter(Reporter):
+    """Tells the node agent. Never blocks, except in :meth:`close`."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def sync(self) -> None:
+        if self._rows:
+            self._channel.send({"t": "rows", "rows": self._rows})
+            self._rows = []
+        self._receive()
+
+    def _receive(self) -> int:
+        """Take in what has arrived; the last step that is on the disk, as far as these messages say."""
+        settled = -1
+        for message in self._channel.receive():
+            match message["t"]:
+                case "stop":
+                    self._stop = True
+                case "settled":
+                    settled = message["step"]
+                case other:
+                    raise ValueError(f"the agent sent a message of kind {other!r}")
+        return settled
+
+    def settle(self, timeout: float) -> bool:
+        self.sync()
+        if self._last_row == 0:  # no row yet
+            return True
+        self._channel.send({"t": "settle", "step": self._last_row})
+        deadline = time.monotonic() + timeout
+        while not self._channel.closed and (left := deadline - time.monotonic()) > 0:
+            select.select([self._channel], [], [], left)
+            if self._receive() >= self._last_row:
+                return True
+        return False
+
+    def send(self, kind: str, **data: Any) -> None:
+        self._channel.send({"t": kind, **data})
+
+    def close(self, timeout: float) -> None:
+        self.sync()
+        self._channel.flush(timeout)
+
+
+class StandaloneReporter(Reporter):
+    """For ``torchrun -m dltrain.training.worker``: rank 0 writes metrics.jsonl and prints a line now and then."""
+
+    def __init__(self, *, rank: int, world: int, run_dir: Path) -> None:
+        super().__init__()
+        self._rank, self._world = rank, world
+        self._reducer = RowReducer(world)
+        self._journal = Journal(run_dir / "metrics.jsonl", on_message=self._print) if rank == 0 else None
+        self._printed = 0.0
+
+    def sync(self) -> None:
+        rows, self._rows = self._rows, []
+        everyone: list[list[Row]] = [rows]
+        if self._world > 1:
+            gathered: list[list[Row] | None] = [None] * self._world
+            dist.gather_object(rows, gathered if self._rank == 0 else None)
+            everyone = [item or [] for item in gathered]
+        if self._journal is None:
+            return
+        for rank, ranks_rows in enumerate(everyone):
+            for row in self._reducer.add(rank, ranks_rows):
+                self._journal.append(row.step, row.metrics)
+                if row.metrics.keys() & {"val/loss", "test/loss"} or time.monotonic() - self._printed > 5:
+                    self._printed = time.monotonic()
+                    shown = {name: f"{value:.4g}" for name, value in row.metrics.items()}
+                    self._print(f"step {row.step}  " + "  ".join(f"{name} {value}" for name, value in shown.items()))
+
+    def settle(self, timeout: float) -> bool:
+        return self._journal is None or self._journal.flush()
+
+    def send(self, kind: str, **data: Any) -> None:
+        if self._rank == 0 and kind in ("note", "saved", "end"):
+            self._print(f"{kind}: " + ", ".join(f"{name}={value}" for name, value in data.items()))
+
+    def close(self, timeout: float) -> None:
+        if self._journal is not None:
+            self._journal.close()
+
+    @staticmethod
+    def _print(text: str) -> None:
+        print(text, flush=True)  # noqa: T201  # the terminal is this reporter's outlet

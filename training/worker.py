@@ -1,0 +1,140 @@
+"""The rank program: train a job's recipe. No Ray in it.
+
+    torchrun --nproc-per-node 4 -m dltrain.training.worker job.yaml [key.path=value …]
+
+runs it under plain torchrun; ``dltrain launch`` calls :func:`run_ranked` in ranks that it has forked.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..core.config import load_job
+from ..core.errors import JobError
+from ..core.job import Job
+from ..core.pulse import Pulse
+from ..core.storage import Storage
+from ..core.wire import Channel
+from .context import Context, adopt, context
+from .loop import Trainer
+from .reporter import ChannelReporter, Reporter, StandaloneReporter
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the launcher tells a rank beside the environment: the job, and where its files are."""
+
+    job: Job
+    run_dir: Path
+    checkpoint_url: str
+    restore_urls: tuple[str, ...]
+    tracking: dict[str, Any]
+
+
+def run_ranked(body: dict[str, Any], *, channel: Channel, pulse: Pulse) -> int:
+    """Train as one rank of ``dltrain launch``; the exit code. Failures are told before they end the rank."""
+    ctx = adopt(channel=channel, pulse=pulse, run_dir=body["run_dir"])
+    reporter = ChannelReporter(channel)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        assignment = Assignment(
+            job=Job.model_validate(body["job"]),
+            run_dir=Path(body["run_dir"]),
+            checkpoint_url=body["checkpoint_url"],
+            restore_urls=tuple(body["restore_urls"]),
+            tracking=body["tracking"],
+        )
+        _train(assignment, ctx, reporter, pulse)
+        reporter.send("done")
+    except JobError as error:
+        if pulse.step >= 0:
+            return _fail(error, reporter, pulse)
+        problems = [{"what": p.what, "where": p.where, "hint": p.hint} for p in error.problems]
+        reporter.send("refused", problems=problems)
+        return 2
+    except BaseException as error:  # the rank's last word, whatever it was
+        return _fail(error, reporter, pulse)
+    finally:
+        reporter.close(10)
+    return 0
+
+
+def _fail(error: BaseException, reporter: Reporter, pulse: Pulse) -> int:
+    """Tell of the exception that is being handled, then print it; the exit code."""
+    beat = pulse.read()
+    text = traceback.format_exc()
+    reporter.send(
+        "failed",
+        error=type(error).__name__,
+        what=str(error),
+        traceback=text,
+        step=beat.step,
+        phase=beat.phase,
+        at=time.time(),
+    )
+    reporter.close(10)
+    sys.stderr.write(text)
+    return 1
+
+
+def _train(assignment: Assignment, ctx: Context, reporter: Reporter, pulse: Pulse) -> None:
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: reporter.request_stop())
+    pulse.mark("setup")
+    device = _device(ctx)
+    if ctx.world_size > 1:
+        # CPU collectives carry control messages beside NCCL's gradients
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    storage = Storage(assignment.checkpoint_url, assignment.job.checkpoint.options)
+    trainer = Trainer(assignment.job, ctx=ctx, device=device, storage=storage, reporter=reporter, pulse=pulse)
+    trainer.run(restore_urls=assignment.restore_urls, tracking=assignment.tracking)
+    if ctx.world_size > 1:
+        dist.barrier()  # nobody leaves while another still needs it
+    pulse.mark("end")
+
+
+def _device(ctx: Context) -> torch.device:
+    device = ctx.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def main(argv: list[str]) -> int:
+    """Entry under torchrun; arguments are those of ``dltrain launch``: a job file and overrides."""
+    files = [word for word in argv if "=" not in word]
+    if len(files) > 1:
+        print(f"one job file, not {len(files)}: {' '.join(files)}", file=sys.stderr)  # noqa: T201  # the user typed this command
+        return 2
+    ctx = context()
+    try:
+        overrides = [word for word in argv if "=" in word]
+        job = load_job(Path(files[0]) if files else None, overrides, {}, os.environ).job
+        run_dir = Path("runs", job.name, "torchrun")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        ctx.run_dir = run_dir
+        reporter = StandaloneReporter(rank=ctx.rank, world=ctx.world_size, run_dir=run_dir)
+        url = job.checkpoint.to or str(run_dir.absolute() / "checkpoints")
+        _train(Assignment(job, run_dir, url, restore_urls=(url,), tracking={}), ctx, reporter, Pulse.create())
+    except JobError as error:
+        print(error, file=sys.stderr)  # noqa: T201  # the user typed this command
+        return 2
+    reporter.close(10)
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # interpreter teardown can hang in gloo's threads
