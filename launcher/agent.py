@@ -1,0 +1,356 @@
+"""The node agent: one Ray actor a node, between the controller and the node's rank processes.
+
+It holds a lease on the machine's fork server, starts and signals ranks, reads their channels, pulses and output, and
+answers the controller's polls. One thread does all the input and output; the actor's own threads only queue requests
+and wait for news. Imports stay light (no torch): every node pays for them at start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import tempfile
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import Problem
+from ..core.pulse import Pulse
+from ..core.wire import Channel
+from . import untyped
+from .host import ChildEvent, ForkServer, HostError, server_name
+from .machine import interface_address, interface_of, numa_nodes, rank_environment, usable_cpus, visible_gpus
+from .messages import AgentReport, ChildSpec, NodeInfo, RankBeat, RankEvent, RankPlan, Stream
+from .precheck import check_job
+
+_TAIL_INTERVAL = 0.1
+_MAX_QUEUED = 4 << 20
+_CHUNK = 1 << 16
+
+
+@dataclass
+class _Tail:
+    """A file that a rank writes and the agent reads behind it."""
+
+    stream: Stream
+    fd: int
+
+    def read(self) -> bytes:
+        return os.read(self.fd, _CHUNK)
+
+    def drained(self) -> bool:
+        return os.lseek(self.fd, 0, os.SEEK_CUR) >= os.fstat(self.fd).st_size
+
+
+@dataclass
+class _Rank:
+    plan: RankPlan
+    generation: int
+    error_file: Path
+    channel: Channel
+    pulse: Pulse
+    tails: list[_Tail]
+    pid: int = 0
+    ended: bool = False
+
+
+@dataclass
+class _News:
+    """Events on their way to the controller. ``ready`` guards it and wakes whoever polls."""
+
+    events: list[RankEvent] = field(default_factory=list[RankEvent])
+    text_size: int = 0
+    broken: str = ""
+    ready: threading.Condition = field(default_factory=threading.Condition)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None  # pyright: ignore[reportUnknownVariableType]  # JSON
+
+
+class NodeAgent:
+    """One node's side of a run. Methods are called by the controller through Ray, several at a time."""
+
+    def __init__(self, node: int, scope: str, environ: dict[str, str], same_machine: bool) -> None:
+        self._node = node
+        self._scope = scope
+        self._same_machine = same_machine
+        self._sees_logs = same_machine
+        self._environ = rank_environment(environ, dict(os.environ), same_machine=same_machine)
+        self._news = _News()
+        self._lock = threading.Lock()
+        self._ranks: dict[int, _Rank] = {}
+        self._stores: list[int] = []
+        self._server: ForkServer | None = None
+        self._selector = selectors.DefaultSelector()
+        self._closing = False
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def describe(self, interface: str | None) -> NodeInfo:
+        """This machine.
+
+        Raises:
+            JobError: there is no network interface of that name here.
+        """
+        import platform
+
+        from .. import __version__
+
+        ray = untyped.ray()
+        context = ray.get_runtime_context()
+        address = interface_address(interface) if interface else ray.util.get_node_ip_address()
+        cores = tuple(sorted(os.sched_getaffinity(0)))
+        return NodeInfo(
+            node=self._node,
+            hostname=socket.gethostname(),
+            address=address,
+            interface=interface or interface_of(address),
+            ray_node=context.get_node_id(),
+            pid=os.getpid(),
+            cores=cores,
+            cpus=usable_cpus(),
+            numa=tuple(tuple(group) for group in numa_nodes(cores)),
+            gpus=visible_gpus(),
+            versions={"dltrain": __version__, "python": platform.python_version(), "ray": ray.__version__},
+        )
+
+    def prepare(self, *, keep_warm: float, timeout: float) -> dict[str, Any]:
+        """Connect to the machine's fork server, starting it if need be, and wait until it has imported torch.
+
+        Raises:
+            HostError: it did not come up in time; the text says why.
+        """
+        server = ForkServer.start(server_name(self._scope, self._environ), self._environ, timeout)
+        facts = server.hello(keep_warm=keep_warm, timeout=timeout)
+        self._server = server
+        self._selector.register(server, selectors.EVENT_READ)
+        threading.Thread(target=self._work, name="dltrain-agent-io", daemon=True).start()
+        return facts
+
+    def check(self, job: dict[str, Any], cwd: str, *, timeout: float) -> list[Problem]:
+        """Try the job's recipe and data on this machine, on a lease of its own; the problems found."""
+        server = ForkServer.start(server_name(self._scope, self._environ), self._environ, timeout)
+        try:
+            server.hello(keep_warm=0, timeout=timeout)
+            return check_job(server, job, environ=self._environ, cwd=cwd, timeout=timeout)
+        finally:
+            server.close()
+
+    def adopt(self, run_dir: str, run_id: str, logs: str) -> bool:
+        """Whether this node sees the run's directory, with the logs in it, and not merely a folder of that name."""
+        if not self._same_machine:
+            record = _read_json(Path(run_dir) / "run.json") or {}
+            self._sees_logs = record.get("id") == run_id and Path(logs).is_relative_to(run_dir)
+        return self._sees_logs
+
+    def sees(self, path: str, text: str, timeout: float) -> bool:
+        """Whether the file at ``path`` says ``text`` here too, within ``timeout`` seconds: network file systems lag."""
+        deadline = time.monotonic() + timeout
+        while True:
+            with contextlib.suppress(OSError, ValueError):
+                if Path(path).read_text(encoding="utf-8") == text:
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+
+    def open_store(self, address: str, port: int, timeout: float) -> int:
+        """Host a rendezvous store for one generation on ``address``; its port (free when ``port`` is 0)."""
+        listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(4096)
+        port = listener.getsockname()[1]
+        body = {"address": address, "port": port, "timeout": timeout}
+        spec = ChildSpec(kind="store", label="dltrain-store", env=self._environ, cwd="/", body=body)
+        null = os.open(os.devnull, os.O_WRONLY)
+        with self._lock:
+            store = self._require_server().fork(spec, {"stdout": null, "stderr": null, "listener": listener.fileno()})
+            self._stores.append(store)
+        os.close(null)
+        listener.close()
+        return port
+
+    def start(self, generation: int, plans: list[RankPlan]) -> None:
+        """Fork this node's ranks of a generation. How it goes comes as events."""
+        with self._lock:
+            for plan in plans:
+                self._start_rank(generation, plan)
+
+    def poll(self, timeout: float) -> AgentReport:
+        """What happened since the last poll, waiting at most ``timeout`` seconds for something to happen.
+
+        Raises:
+            HostError: the fork server, or this agent's own thread, broke.
+        """
+        news = self._news
+        with news.ready:
+            if not news.events and not news.broken:
+                news.ready.wait(timeout)
+            if news.broken and not news.events:
+                raise HostError(news.broken)
+            events, news.events, news.text_size = news.events, [], 0
+        now = time.monotonic()
+        with self._lock:
+            beats = [(rank, r.pulse.read()) for rank, r in self._ranks.items() if not r.ended]
+        return AgentReport(events, [RankBeat(rank, b.step, b.phase, now - b.at) for rank, b in beats])
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message to every living rank."""
+        with self._lock:
+            for rank in self._ranks.values():
+                if not rank.ended:
+                    rank.channel.send(message)
+
+    def signal(self, signum: int) -> None:
+        """Send a signal to the process group of every living rank."""
+        with self._lock:
+            for child, rank in self._ranks.items():
+                if not rank.ended:
+                    self._require_server().signal(child, signum)
+
+    def close_stores(self) -> None:
+        """End the rendezvous stores that this node hosts."""
+        with self._lock:
+            for store in self._stores:
+                self._require_server().signal(store, signal.SIGKILL)
+            self._stores.clear()
+
+    def close(self) -> None:
+        """Give up the lease: whatever still runs is killed by the fork server."""
+        self._closing = True
+        with self._lock:
+            if self._server is not None:
+                self._server.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    # ---- starting
+
+    def _require_server(self) -> ForkServer:
+        if self._server is None:
+            raise HostError("this node agent has no fork server: prepare() comes first")
+        return self._server
+
+    def _log_dir(self, plan: RankPlan) -> Path:
+        """The rank's log folder: as planned where this node sees that, else in a temporary folder here."""
+        folder = Path(plan.log_dir)
+        if not self._sees_logs:
+            if self._scratch is None:
+                self._scratch = tempfile.TemporaryDirectory(prefix="dltrain-logs-")
+            folder = Path(self._scratch.name, *folder.parts[-2:])
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _start_rank(self, generation: int, plan: RankPlan) -> None:
+        folder = self._log_dir(plan)
+        env = {**self._environ, **plan.child.env, "TORCHELASTIC_ERROR_FILE": str(folder / "error.json")}
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "error.json").unlink()
+        child = replace(plan.child, env=env)
+        ours, theirs = socket.socketpair()
+        pulse = Pulse.create()
+        fds: dict[str, int] = {"channel": theirs.fileno(), "pulse": pulse.fd}
+        tails: list[_Tail] = []
+        streams: tuple[Stream, ...] = ("stdout", "stderr")
+        for stream in streams:
+            path = folder / f"{stream}.log"
+            fds[stream] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o644)
+            tails.append(_Tail(stream, os.open(path, os.O_RDONLY)))
+        key = self._require_server().fork(child, fds)
+        for stream in streams:
+            os.close(fds[stream])
+        theirs.close()
+        self._ranks[key] = _Rank(plan, generation, folder / "error.json", Channel(ours), pulse, tails)
+
+    # ---- the one thread that reads
+
+    def _work(self) -> None:
+        try:
+            while not self._closing:
+                self._selector.select(_TAIL_INTERVAL)
+                self._round()
+        except Exception as error:
+            if not self._closing:
+                with self._news.ready:
+                    self._news.broken = str(error) if isinstance(error, HostError) else traceback.format_exc()
+                    self._news.ready.notify_all()
+
+    def _round(self) -> None:
+        with self._lock:
+            events = [] if self._closing else self._require_server().events()
+            found: list[RankEvent] = []
+            for event in events:
+                found.extend(self._on_child(event))
+            for key, rank in list(self._ranks.items()):
+                found.extend(self._read_messages(rank))
+                found.extend(self._read_output(rank))
+                if rank.ended and all(tail.drained() for tail in rank.tails):
+                    found.append(self._event(rank, "closed"))
+                    self._forget(key)
+        if found:
+            self._tell_controller(found)
+
+    def _tell_controller(self, found: list[RankEvent]) -> None:
+        news = self._news
+        with news.ready:
+            news.events.extend(found)
+            news.text_size += sum(len(event.text) for event in found)
+            news.ready.notify_all()
+
+    def _on_child(self, event: ChildEvent) -> list[RankEvent]:
+        rank = self._ranks.get(event.id)
+        if rank is None:
+            if event.exit is not None and event.id in self._stores:
+                self._stores.remove(event.id)
+            return []
+        if event.exit is None:
+            rank.pid = event.pid
+            self._selector.register(rank.channel, selectors.EVENT_READ)
+            return [self._event(rank, "started", pid=event.pid)]
+        rank.ended = True
+        recorded = _read_json(rank.error_file)  # what elastic's @record left, if anything
+        why = {"what": event.what, "error_file": recorded}
+        return [*self._read_messages(rank), self._event(rank, "exit", exit=event.exit, data=why)]
+
+    def _read_messages(self, rank: _Rank) -> list[RankEvent]:
+        if rank.channel.closed:
+            return []
+        found = [self._event(rank, "message", data=message) for message in rank.channel.receive()]
+        if rank.channel.closed:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(rank.channel)
+        return found
+
+    def _read_output(self, rank: _Rank) -> list[RankEvent]:
+        found: list[RankEvent] = []
+        if self._news.text_size < _MAX_QUEUED:  # the files keep what the controller has no time for yet
+            for tail in rank.tails:
+                text = tail.read()
+                if text:
+                    found.append(self._event(rank, "log", stream=tail.stream, text=text))
+        return found
+
+    def _event(self, rank: _Rank, kind: Any, **fields: Any) -> RankEvent:
+        return RankEvent(kind, rank.generation, rank.plan.rank, **fields)
+
+    def _forget(self, key: int) -> None:
+        rank = self._ranks.pop(key)
+        if not rank.channel.closed:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(rank.channel)
+        rank.channel.close()
+        rank.pulse.close()
+        for tail in rank.tails:
+            os.close(tail.fd)

@@ -1,0 +1,231 @@
+"""The library way to launch: ``dltrain.launch(Job(...))`` for a job, :func:`launch_script` for a script."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import time
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.export import export_weights
+from ..checkpoint.reader import catalogue, open_manifest
+from ..core.checks import check_job, is_url
+from ..core.config import load_job
+from ..core.errors import JobError, Problem, RunFailed
+from ..core.job import Job, RecoverySpec, Resources, TrackingSpec
+from ..tracking.wandb_mode import api_key_present, resolve_mode
+from .carry import RunResult, Work, carry_out
+from .cluster import ClusterError
+from .demand import Demand, demand_here
+from .generation import Program
+from .goodput import Goodput
+from .host import HostError
+from .interrupt import StopRequests
+from .messages import Target
+from .resume import checkpoint_url, decide_start, open_storage
+from .rundir import RunDir, check_parent
+from .session import Options, Session
+from .view import OutputRules, View, make_view
+
+
+def launch(
+    job: Job | Mapping[str, Any] | None = None, *, options: Options | None = None, began: float | None = None
+) -> RunResult:
+    """Train a job on its nodes and wait for the end.
+
+    Args:
+        job: the job, or its dotted keys and values (``{"train.epochs": 3}``); None is the built-in digits job.
+        options: how to launch.
+        began: Unix time in seconds at which the command started, for the goodput; now if not given.
+
+    Raises:
+        JobError: the job or the request is wrong; nothing was trained.
+        RunFailed: the run failed; the message and ``report`` say how.
+        Interrupted: Ctrl-C, SIGTERM or a closed terminal; the same call goes on from the last checkpoint.
+    """
+    job = job if isinstance(job, Job) else load_job(None, flags=dict(job or {})).job
+    options = options or Options()
+    runs = Path(options.runs)
+    demand = demand_here(job.resources) if options.address is None else None
+    _refuse(check_job(job, world=demand.world if demand else None))
+    _check_tracking(job.tracking)
+    check_parent(runs)
+    goodput = Goodput(time.time() if began is None else began)
+    notes: list[str] = []
+    start = decide_start(job, runs=runs, resume=options.resume, on_message=notes.append)
+    with contextlib.closing(start):
+        view = make_view(script=False, rules=OutputRules(), quiet=options.quiet)
+        with _session(options, job.resources, job.recovery, demand, view) as (session, stop):
+            for note in notes:
+                view.note(note)
+            data = job.model_dump(mode="json")
+            session.begin_check(data)
+            session.connect(view.phase)
+            if demand is None:  # only now is the number of ranks known
+                _refuse(check_job(job, world=session.demand.world))
+            session.place(view.phase)
+            _refuse(session.check(data))
+            run = start.open(job, runs, _yaml(data))
+            url = checkpoint_url(job, run)
+            work = Work(
+                run=run,
+                program=_worker(job, data, run, (url, *filter(None, [start.origin])), options),
+                recovery=job.recovery,
+                tracking=job.tracking,
+                config=data,
+                logs=run.path / "logs",
+                facts={
+                    "recipe": job.recipe,
+                    "data": job.data.source,
+                    "ranks": f"{job.resources.nodes} nodes × {session.demand.ranks}",
+                },
+                again="without '--resume never' it" if options.resume == "never" else "the same command",
+                after=lambda: _export(job, url, run),
+            )
+            try:
+                if not is_url(url):
+                    session.check_shared(Path(url))
+                return carry_out(work, session, view, stop, goodput)
+            except JobError:
+                start.take_back()
+                raise
+
+
+def launch_script(
+    target: Target,
+    *,
+    resources: Resources,
+    recovery: RecoverySpec,
+    tracking: TrackingSpec,
+    options: Options,
+    rules: OutputRules,
+    logs: Path | None = None,
+    role: str = "default",
+    run_id: str | None = None,
+) -> RunResult:
+    """Run a torchrun-compatible program on every rank and wait for the end.
+
+    Args:
+        target: the program and its arguments.
+        resources: nodes and ranks.
+        recovery: restarts and deadlines.
+        tracking: where the rows of ``dltrain.context().log`` go.
+        options: how to launch.
+        rules: which output is shown.
+        logs: parent of the ranks' logs; the run directory if not given.
+        role: as ``ROLE_NAME`` tells the program.
+        run_id: as ``TORCHELASTIC_RUN_ID`` tells the program.
+
+    Raises: as :func:`launch`.
+    """
+    _check_tracking(tracking)
+    runs = Path(options.runs)
+    check_parent(runs)
+    view = make_view(script=True, rules=rules, quiet=options.quiet)
+    goodput = Goodput(time.time())
+    name = _script_name(target)
+    demand = demand_here(resources) if options.address is None else None
+    with _session(options, resources, recovery, demand, view) as (session, stop):
+        session.connect(view.phase)
+        session.place(view.phase)
+        with contextlib.closing(RunDir.create(runs, name, {})) as run:
+            body = {
+                "target": {"kind": target.kind, "name": target.name, "args": list(target.args)},
+                "run_dir": str(run.path),
+            }
+            program = Program(
+                kind="script",
+                body=body,
+                cwd=str(Path.cwd()),
+                run_id=run_id or run.record.id,
+                role=role,
+                fresh=options.fresh or target.kind == "program",
+                max_restarts=recovery.max_restarts,
+                cpus_per_rank=resources.cpus_per_rank,
+            )
+            work = Work(
+                run=run,
+                program=program,
+                recovery=recovery,
+                tracking=tracking,
+                config={"script": str(target), "args": list(target.args)},
+                logs=(logs / f"{name}-{run.number}").absolute() if logs else run.path / "logs",
+                facts={"script": str(target)},
+            )
+            return carry_out(work, session, view, stop, goodput)
+
+
+@contextlib.contextmanager
+def _session(
+    options: Options, resources: Resources, recovery: RecoverySpec, demand: Demand | None, view: View
+) -> Generator[tuple[Session, StopRequests]]:
+    """A session with Ctrl-C and its like turned into requests; infrastructure trouble is a failed run."""
+    try:
+        with StopRequests() as stop:
+            session = Session(options, resources, recovery, stop, demand)
+            with session:
+                yield session, stop
+    except (ClusterError, HostError) as error:
+        raise RunFailed(str(error)) from error
+    finally:
+        view.close()
+
+
+def _refuse(problems: list[Problem]) -> None:
+    if problems:
+        raise JobError(*problems)
+
+
+def _check_tracking(tracking: TrackingSpec) -> None:
+    """Refuse, before anything is started, what the trackers would refuse later."""
+    resolve_mode(tracking.wandb.mode, api_key_present(), env_mode=os.environ.get("WANDB_MODE", ""))
+
+
+def _worker(job: Job, data: dict[str, Any], run: RunDir, urls: tuple[str, ...], options: Options) -> Program:
+    return Program(
+        kind="worker",
+        body={
+            "job": data,
+            "run_dir": str(run.path),
+            "checkpoint_url": urls[0],
+            "restore_urls": list(urls),
+            "tracking": {"wandb_run_id": run.record.id},
+        },
+        cwd=str(Path.cwd()),
+        run_id=run.record.id,
+        fresh=options.fresh,
+        max_restarts=job.recovery.max_restarts,
+        cpus_per_rank=job.resources.cpus_per_rank,
+    )
+
+
+def _export(job: Job, url: str, run: RunDir) -> None:
+    """Write the last checkpoint's weights as one safetensors file.
+
+    Raises:
+        RunFailed: it could not be read, or the file not be written.
+    """
+    try:
+        storage = open_storage(job, url)
+        newest = catalogue(storage)[0]
+        export_weights(storage, open_manifest(storage, newest.step), run.path / "weights.safetensors")
+    except (OSError, JobError) as error:
+        what = f"training is complete, but its weights could not be written: {error}"
+        raise RunFailed(f"{what}; the last checkpoint is in {url}") from error
+
+
+def _script_name(target: Target) -> str:
+    """The script's name as the name of its runs."""
+    stem = target.name.rpartition(".")[2] if target.kind == "module" else Path(target.name).stem
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in stem).lstrip("._-") or "script"
+
+
+def _yaml(data: dict[str, Any]) -> str:
+    from ruamel.yaml import YAML
+
+    out = io.StringIO()
+    YAML().dump(data, out)  # pyright: ignore[reportUnknownMemberType]  # ruamel.yaml is partly typed
+    return out.getvalue()

@@ -1,0 +1,201 @@
+"""Carrying out a run: what job and script launches share, from the placed nodes to the finished trackers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..core.errors import Interrupted, JobError, RunFailed
+from ..core.job import RecoverySpec, TrackingSpec
+from ..tracking.outcome import Outcome
+from ..tracking.report import write_report
+from .controller import Controller, Ending
+from .generation import Program
+from .goodput import Goodput
+from .interrupt import StopRequests
+from .metrics import Metrics
+from .policy import Action
+from .rundir import RunDir, State, describe_environment
+from .session import Session
+from .view import View, duration
+
+_TRACKER_TIMEOUT = 60.0
+_STATES: dict[Action, State] = {"finish": "finished", "stopped": "stopped"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        status: "finished"; "stopped" when it was asked to stop and can be resumed; "failed".
+        run_dir: its folder.
+        step: completed optimizer steps (0 for a script).
+        metrics: the last evaluation, such as ``test/accuracy``.
+        goodput: share of the wall time spent in optimizer steps, in [0, 1].
+        seconds: where the wall time went.
+        tracking: how Weights & Biases ended.
+        restarts: how often the ranks were started again.
+    """
+
+    status: Literal["finished", "stopped", "failed"]
+    run_dir: Path
+    step: int
+    metrics: Mapping[str, float]
+    goodput: float
+    seconds: Mapping[str, float]
+    tracking: Outcome
+    restarts: int = 0
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run to carry out.
+
+    Attributes:
+        config: what the trackers show as the run's configuration.
+        facts: the head of the run's report.
+        logs: folder for the ranks' logs.
+        again: what goes on with the run once it was stopped, in words.
+        after: called when the program has finished.
+    """
+
+    run: RunDir
+    program: Program
+    recovery: RecoverySpec
+    tracking: TrackingSpec
+    config: Mapping[str, Any]
+    logs: Path
+    facts: dict[str, str] = field(default_factory=dict[str, str])
+    again: str = "the same command"
+    after: Callable[[], None] = _nothing
+
+
+def carry_out(work: Work, session: Session, view: View, stop: StopRequests, goodput: Goodput) -> RunResult:
+    """Run the program on the placed nodes to its end, and finish the run directory, whatever happens on the way.
+
+    Raises:
+        JobError: the request turned out wrong before ranks trained.
+        RunFailed: the run failed.
+        Interrupted: it was asked to stop.
+    """
+    run = work.run
+    run.update(state="running", command=tuple(sys.argv))
+    metrics = Metrics(run, work.tracking, config=work.config, on_message=view.note)
+    try:
+        session.adopt(run, work.logs)
+        ending = _drive(work, session, view, stop, goodput, metrics)
+        if ending.decision.action == "finish":
+            work.after()
+    except BaseException as error:
+        state: State = "stopped" if isinstance(error, Interrupted) else "failed"
+        _finish(work, metrics, state, None, goodput, view, stop)
+        raise
+    result = _finish(work, metrics, _STATES.get(ending.decision.action, "failed"), ending, goodput, view, stop)
+    _raise_unless_finished(ending, work, stop)
+    return result
+
+
+def _finish(
+    work: Work,
+    metrics: Metrics,
+    state: State,
+    ending: Ending | None,
+    goodput: Goodput,
+    view: View,
+    stop: StopRequests,
+) -> RunResult:
+    """Give the trackers their last chance, until the user has had enough, and complete the run directory."""
+    run = work.run
+    view.phase("finishing the trackers")
+    enough = min(stop.count + 1, 2)
+    outcome = metrics.finish(_TRACKER_TIMEOUT, failed=state == "failed", give_up=lambda: stop.count >= enough)
+    if outcome.state == "incomplete":
+        view.note(outcome.message)
+    run.update(state=state)
+    result = _result(state, run, ending, goodput, outcome)
+    if metrics.last_step >= 0:
+        try:
+            write_report(run.path, title=f"{run.record.name} {run.number}", facts=work.facts | _facts(result))
+        except OSError as error:  # whatever the run came to, its curves do not change it
+            view.note(f"report.html cannot be written: {error.strerror or error}")
+    return result
+
+
+def _drive(work: Work, session: Session, view: View, stop: StopRequests, goodput: Goodput, metrics: Metrics) -> Ending:
+    nodes = session.cluster.nodes
+    hosts = [
+        {"node": n.node, "hostname": n.hostname, "address": n.address, "cores": len(n.cores), "gpus": list(n.gpus)}
+        for n in nodes
+    ]
+    work.run.write("environment.json", json.dumps(describe_environment(hosts), indent=2) + "\n")
+    view.nodes(nodes, session.demand.ranks)
+    controller = Controller(
+        session.cluster,
+        work.program,
+        run=work.run,
+        nproc=session.demand.ranks,
+        recovery=work.recovery,
+        metrics=metrics,
+        goodput=goodput,
+        view=view,
+        stop=stop,
+        logs=work.logs,
+        environ=session.environ,
+        master_addr=session.options.master_addr,
+        master_port=session.options.master_port,
+    )
+    return controller.run()
+
+
+def _raise_unless_finished(ending: Ending, work: Work, stop: StopRequests) -> None:
+    decision = ending.decision
+    match decision.action:
+        case "refuse":
+            raise JobError(*dict.fromkeys(ending.refused))  # ranks refuse alike
+        case "fail":
+            raise RunFailed(decision.reason, report=str(ending.report or ""))
+        case "stopped":
+            step = ending.said.get("saved")
+            words = decision.reason or "stopped as asked"
+            saved = f"; {work.again} goes on from step {step}" if step is not None else ""
+            raise Interrupted(f"{words}{saved}: {work.run.path}", signum=stop.signum or signal.SIGINT)
+        case _:
+            return
+
+
+def _result(state: State, run: RunDir, ending: Ending | None, goodput: Goodput, outcome: Outcome) -> RunResult:
+    assert state != "running"
+    now = time.time()
+    said = ending.said if ending else {}
+    return RunResult(
+        status=state,
+        run_dir=run.path,
+        step=said.get("step", 0),
+        metrics=said.get("metrics", {}),
+        goodput=goodput.ratio(now),
+        seconds=goodput.shares(now),
+        tracking=outcome,
+        restarts=ending.restarts if ending else 0,
+    )
+
+
+def _facts(result: RunResult) -> dict[str, str]:
+    return {
+        "status": result.status,
+        "steps": str(result.step),
+        **{name: f"{value:.4g}" for name, value in result.metrics.items()},
+        "goodput": f"{result.goodput:.0%}",
+        **{f"time: {name}": duration(seconds) for name, seconds in result.seconds.items()},
+        "W&B": result.tracking.url or result.tracking.command or result.tracking.state,
+    }

@@ -1,0 +1,338 @@
+"""The controller: starts generations of ranks, hears everything, asks the policy, and acts on its decision."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import DltrainError, Problem
+from ..core.job import RecoverySpec
+from ..core.rows import RowReducer
+from . import untyped
+from .cluster import Cluster, loss_of
+from .failure import Casualty, casualty_of, report_json, report_text
+from .generation import Program, plan_generation
+from .goodput import Goodput
+from .interrupt import StopRequests
+from .messages import AgentReport, RankEvent
+from .metrics import Metrics
+from .policy import Decision, History, RankFailure, Status, decide
+from .rundir import RunDir
+from .view import View
+
+_POLL = 0.5
+_WITNESS_TIME = 0.3  # seconds to hear of other failures after the first, so that the report names the true first
+_SILENCE = 30.0
+_DRAIN = 10.0
+_ASK = 10.0
+
+
+@dataclass
+class _Generation:
+    """What is known of the ranks that run now."""
+
+    number: int
+    world: int
+    nproc: int
+    started: set[int] = field(default_factory=set[int])
+    done: set[int] = field(default_factory=set[int])
+    ended: set[int] = field(default_factory=set[int])
+    closed: set[int] = field(default_factory=set[int])
+    said: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
+    casualties: dict[int, Casualty] = field(default_factory=dict[int, Casualty])
+    refused: list[Problem] = field(default_factory=list[Problem])
+    lost: dict[int, str] = field(default_factory=dict[int, str])
+    ending: bool = False
+    """The controller is ending it: exits from now on are its own doing."""
+
+    def present(self) -> set[int]:
+        """Ranks that may still say something: not closed, and not on a lost node."""
+        return {r for r in range(self.world) if r not in self.closed and r // self.nproc not in self.lost}
+
+    def alive(self) -> set[int]:
+        """Ranks that still run, as far as is known."""
+        return self.present() - self.ended - set(self.casualties)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended: the last decision, what rank 0 said at the end, the last failure report's path, and restarts."""
+
+    decision: Decision
+    said: dict[str, Any]
+    report: Path | None
+    restarts: int
+    refused: tuple[Problem, ...] = ()
+
+
+class Controller:
+    """Runs one program on a placed cluster, to its end."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        program: Program,
+        *,
+        run: RunDir,
+        nproc: int,
+        recovery: RecoverySpec,
+        metrics: Metrics,
+        goodput: Goodput,
+        view: View,
+        stop: StopRequests,
+        logs: Path,
+        environ: dict[str, str],
+        master_addr: str | None = None,
+        master_port: int = 0,
+    ) -> None:
+        self._cluster, self._program, self._run = cluster, program, run
+        self._nproc, self._recovery = nproc, recovery
+        self._metrics, self._goodput, self._view, self._stop = metrics, goodput, view, stop
+        self._logs, self._environ = logs, environ
+        self._master_addr, self._master_port = master_addr, master_port
+        self._polls: dict[Any, int] = {}
+        self._heard: dict[int, float] = {}
+        self._last_words: dict[str, Any] = {}
+        self._report: Path | None = None
+        self._settling: int | None = None
+
+    def run(self) -> Ending:
+        """Start generations until the policy says that it is over."""
+        culprits: deque[RankFailure | None] = deque()
+        number = self._run.record.generations
+        while True:
+            self._run.update(generations=number + 1)
+            generation = self._start(number, restart=len(culprits))
+            history = History(self._recovery.max_restarts, tuple(culprits))
+            decision = self._watch(generation, history)
+            self._end(generation, decision)
+            if decision.action in ("fail", "restart"):
+                self._write_report(generation, decision)
+            number += 1
+            self._run.update(step=self._metrics.last_step)
+            if decision.action != "restart":
+                return Ending(decision, self._last_words, self._report, len(culprits), tuple(generation.refused))
+            culprits.append(decision.culprit)
+            self._goodput.restart()
+            self._view.note(f"{decision.reason}; starting all ranks again ({len(culprits)} of {history.max_restarts})")
+
+    # ---- starting
+
+    def _start(self, number: int, *, restart: int) -> _Generation:
+        cluster = self._cluster
+        nodes = cluster.nodes
+        self._view.phase("starting ranks")
+        embedded = len({node.ray_node for node in nodes}) == 1
+        address = self._master_addr or ("127.0.0.1" if embedded else nodes[0].address)
+        timeout = self._recovery.start_timeout
+        store = cluster.agents[0].open_store.remote(address, self._master_port, timeout)
+        port = cluster.gather(
+            [store], waiting_for=f"a rendezvous store on {address}:{self._master_port or 'a free port'}"
+        )
+        plans = plan_generation(
+            self._program,
+            nodes,
+            nproc=self._nproc,
+            generation=number,
+            restart=restart,
+            master=(address, port[0]),
+            logs=self._logs,
+            environ=self._environ,
+        )
+        starts = [agent.start.remote(number, plan) for agent, plan in zip(cluster.agents, plans, strict=True)]
+        cluster.gather(starts, waiting_for="forking ranks")
+        self._reducer = RowReducer(len(nodes) * self._nproc)
+        self._heard = dict.fromkeys(range(len(nodes)), time.monotonic())
+        return _Generation(number, len(nodes) * self._nproc, self._nproc)
+
+    # ---- watching
+
+    def _watch(self, generation: _Generation, history: History) -> Decision:
+        """Hear the agents until the policy decides something else than to wait."""
+        trouble_since: float | None = None
+        told_to_stop: float | None = None
+        while True:
+            self._hear(generation)
+            self._metrics.tick()
+            self._settle()
+            if self._stop.count and told_to_stop is None:
+                told_to_stop = time.monotonic()
+                self._ask_to_stop(generation)
+            if self._stop.count > 1:
+                return Decision("stopped", "stopped at once, without a last checkpoint")
+            decision = decide(self._status(generation), history)
+            if told_to_stop is not None and time.monotonic() - told_to_stop > self._recovery.stop_grace:
+                return Decision("stopped", f"ranks did not end within {self._recovery.stop_grace:g} s and were killed")
+            if decision.action == "wait":
+                continue
+            if decision.action in ("finish", "refuse"):
+                return decision
+            trouble_since = trouble_since or time.monotonic()
+            if time.monotonic() - trouble_since >= _WITNESS_TIME:
+                return decision
+
+    def _settle(self) -> None:
+        """Tell rank 0 once the metrics that it wants to save a checkpoint over are on the disk."""
+        if self._settling is not None and self._metrics.settled(self._settling):
+            self._cluster.agents[0].tell.remote({"t": "settled", "step": self._settling})
+            self._settling = None
+
+    def _status(self, generation: _Generation) -> Status:
+        return Status(
+            world=generation.world,
+            ended=len(generation.ended),
+            failures=tuple(casualty.failure for casualty in generation.casualties.values()),
+            lost_nodes={node: what.splitlines()[0].rstrip(":") for node, what in generation.lost.items()},
+            broken=self._cluster.broken(),
+            complete=self._last_words.get("status") == "finished",
+            stop_asked=self._stop.count > 0,
+        )
+
+    def _ask_to_stop(self, generation: _Generation) -> None:
+        grace = self._recovery.stop_grace
+        if self._program.kind == "worker":
+            self._view.note(f"stopping: saving a checkpoint (at most {grace:g} s; Ctrl-C again stops at once)")
+            self._ask(generation, "tell", {"t": "stop"}, waiting_for="passing on the stop")
+        else:
+            self._view.note(f"stopping: {signal.Signals(self._stop.signum).name} to all ranks (at most {grace:g} s)")
+            self._ask(generation, "signal", self._stop.signum, waiting_for="passing on the stop")
+
+    def _ask(self, generation: _Generation, method: str, *args: Any, waiting_for: str) -> None:
+        """Call a method of every agent that is there. One that is not any more is noted as lost, and no error here."""
+        agents = enumerate(self._cluster.agents)
+        refs = {node: getattr(agent, method).remote(*args) for node, agent in agents if node not in generation.lost}
+        for node, ref in refs.items():
+            try:
+                self._cluster.gather([ref], waiting_for=waiting_for, timeout=_ASK)
+            except DltrainError as error:
+                generation.lost[node] = str(error)
+
+    def _hear(self, generation: _Generation) -> None:
+        """One round of polls: whatever the agents have to tell, waiting a fraction of a second for the first."""
+        ray = untyped.ray()
+        for node, agent in enumerate(self._cluster.agents):
+            if node not in self._polls.values() and node not in generation.lost:
+                self._polls[agent.poll.remote(_POLL)] = node
+        ready, _ = ray.wait(list(self._polls), timeout=_POLL / 2)
+        for ref in ready:
+            node = self._polls.pop(ref)
+            try:
+                report: AgentReport = ray.get(ref)
+            except ray.exceptions.RayError as error:
+                generation.lost[node] = loss_of(error)
+                continue
+            self._heard[node] = time.monotonic()
+            self._view.beats(node, report.beats)
+            for event in report.events:
+                if event.generation == generation.number:
+                    self._take(generation, node, event)
+        for node, at in self._heard.items():
+            if time.monotonic() - at > _SILENCE:
+                generation.lost.setdefault(node, f"its agent has not answered for {_SILENCE:g} s")
+
+    def _take(self, generation: _Generation, node: int, event: RankEvent) -> None:
+        match event.kind:
+            case "started":
+                generation.started.add(event.rank)
+            case "message":
+                self._take_message(generation, event.rank, event.data)
+            case "log":
+                self._take_output(node, generation, event)
+            case "exit":
+                self._take_exit(generation, node, event)
+            case "closed":
+                generation.closed.add(event.rank)
+
+    def _take_message(self, generation: _Generation, rank: int, message: dict[str, Any]) -> None:
+        match message["t"]:
+            case "rows":
+                for row in self._reducer.add(rank, message["rows"]):
+                    self._goodput.take(row, again=row.step <= self._metrics.last_step)
+                    self._metrics.row(row)
+                    self._view.row(row)
+            case "log":
+                self._metrics.log(message["step"], message["metrics"])
+            case "setup":
+                self._view.setup(message)
+            case "note":
+                self._view.note(message["text"])
+            case "settle":
+                self._settling = message["step"]
+            case "saved":
+                self._last_words["saved"] = message["step"]
+            case "end":
+                self._last_words.update(message)
+            case "done":
+                generation.done.add(rank)
+            case "refused":
+                generation.refused += [Problem(**problem) for problem in message["problems"]]
+            case "failed":
+                generation.said[rank] = message
+            case other:
+                raise ValueError(f"rank {rank} sent a message of kind {other!r}")
+
+    def _take_output(self, node: int, generation: _Generation, event: RankEvent) -> None:
+        if event.rank not in generation.said:  # after a rank's last words its traceback is in the report
+            self._view.output(event.rank, event.stream, event.text)
+        if not self._cluster.nodes[node].shares_run_dir:
+            path = self._log_dir(generation, event.rank) / f"{event.stream}.log"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.write(event.text)
+
+    def _take_exit(self, generation: _Generation, node: int, event: RankEvent) -> None:
+        assert event.exit is not None
+        speaks = self._program.kind == "worker"
+        if event.exit.ok and (event.rank in generation.done or not speaks):
+            generation.ended.add(event.rank)
+        elif not generation.ending:
+            said = generation.said.get(event.rank)
+            log_dir = self._log_dir(generation, event.rank)
+            error_file = event.data.get("error_file")
+            casualty = casualty_of(event.rank, node, event.exit, said, error_file, log_dir, speaks=speaks)
+            if generation.refused:
+                refusal = RankFailure(
+                    event.rank, node, event.exit.at, "JobError", str(generation.refused[0]), final=True
+                )
+                casualty = Casualty(refusal, "", log_dir)
+            generation.casualties[event.rank] = casualty
+
+    def _log_dir(self, generation: _Generation, rank: int) -> Path:
+        return self._logs / f"attempt-{generation.number}" / f"rank-{rank}"
+
+    # ---- ending
+
+    def _end(self, generation: _Generation, decision: Decision) -> None:
+        """See every rank of the generation to its end and take in the rest of its output."""
+        generation.ending = True
+        if self._cluster.broken():
+            return  # the agents end with it, and their ranks with them
+        self._view.phase("ending ranks")
+        gentle = self._program.kind == "script" and decision.action in ("fail", "restart")
+        if gentle:
+            self._ask(generation, "signal", signal.SIGTERM, waiting_for="sending SIGTERM")
+            self._drain(generation, min(5.0, self._recovery.stop_grace))
+        if generation.alive():
+            self._ask(generation, "signal", signal.SIGKILL, waiting_for="sending SIGKILL")
+        self._drain(generation, _DRAIN)
+        self._ask(generation, "close_stores", waiting_for="closing the rendezvous store")
+
+    def _drain(self, generation: _Generation, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while generation.present() and time.monotonic() < deadline and self._stop.count < 3:
+            self._hear(generation)
+
+    def _write_report(self, generation: _Generation, decision: Decision) -> None:
+        action = "all ranks were started again" if decision.action == "restart" else "the run was ended"
+        casualties = list(generation.casualties.values())
+        stem = f"failures/{generation.number:04d}"
+        text = partial(report_text, decision, casualties, self._cluster.nodes, lost=generation.lost, action=action)
+        self._view.note(text(evidence=self._program.kind != "script"))  # a script's output has been shown
+        self._run.write(f"{stem}.txt", text())
+        self._run.write(f"{stem}.json", report_json(decision, casualties, lost=generation.lost, action=action))
+        self._report = self._run.path / f"{stem}.txt"

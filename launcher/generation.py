@@ -1,0 +1,129 @@
+"""From a request and its nodes to the ranks of one generation: numbers, environment, cores, log folders."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .machine import share_cores
+from .messages import ChildKind, ChildSpec, NodeInfo, RankPlan
+
+#: Names of the variables by which gloo and NCCL choose a network interface.
+_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+@dataclass(frozen=True)
+class Program:
+    """What every rank of a run executes."""
+
+    kind: ChildKind
+    body: dict[str, Any]
+    cwd: str
+    run_id: str
+    role: str = "default"
+    fresh: bool = False
+    max_restarts: int = 0
+    cpus_per_rank: int | None = None
+
+
+def plan_generation(
+    program: Program,
+    nodes: Sequence[NodeInfo],
+    *,
+    nproc: int,
+    generation: int,
+    restart: int,
+    master: tuple[str, int],
+    logs: Path,
+    environ: dict[str, str],
+) -> list[list[RankPlan]]:
+    """The ranks of each node. Ranks count up node by node, as torchrun numbers them.
+
+    Args:
+        program: what to run.
+        nodes: the nodes, in order of their rank.
+        nproc: ranks per node.
+        generation: how often the run's ranks have been started before, by earlier launches too.
+        restart: how often this launch has started them before.
+        master: address and port of the generation's rendezvous store.
+        logs: folder for the ranks' logs; theirs are ``attempt-<generation>/rank-<rank>``.
+        environ: the launching command's environment; what the user set there wins over our defaults.
+    """
+    loopback = len({node.ray_node for node in nodes}) == 1
+    placement = _placement(nodes, nproc, program.cpus_per_rank)
+    plans: list[list[RankPlan]] = []
+    for index, node in enumerate(nodes):
+        defaults = _interface_defaults(node, loopback=loopback)
+        plans.append([])
+        for local in range(nproc):
+            rank = index * nproc + local
+            threads, cpus = placement[rank]
+            env = {
+                "OMP_NUM_THREADS": str(threads),
+                **defaults,
+                **{name: environ[name] for name in ("OMP_NUM_THREADS", *_INTERFACE_VARIABLES) if name in environ},
+                **_torchrun_environment(program, len(nodes), nproc, index, local, restart, master),
+            }
+            child = ChildSpec(
+                kind=program.kind,
+                label=f"dltrain-rank{rank}",
+                env=env,
+                cwd=program.cwd,
+                threads=int(env["OMP_NUM_THREADS"]) if env["OMP_NUM_THREADS"].isdecimal() else None,
+                cpus=cpus,
+                fresh=program.fresh,
+                body=program.body,
+            )
+            folder = logs / f"attempt-{generation}" / f"rank-{rank}"
+            plans[-1].append(RankPlan(rank, local, child, str(folder)))
+    return plans
+
+
+def _torchrun_environment(
+    program: Program, nodes: int, nproc: int, node: int, local: int, restart: int, master: tuple[str, int]
+) -> dict[str, str]:
+    """The variables that torchrun sets (torch.distributed.run, "Environment Variables")."""
+    rank = node * nproc + local
+    values: dict[str, str | int] = {
+        "LOCAL_RANK": local,
+        "RANK": rank,
+        "GROUP_RANK": node,
+        "ROLE_RANK": rank,
+        "ROLE_NAME": program.role,
+        "LOCAL_WORLD_SIZE": nproc,
+        "WORLD_SIZE": nodes * nproc,
+        "GROUP_WORLD_SIZE": nodes,
+        "ROLE_WORLD_SIZE": nodes * nproc,
+        "MASTER_ADDR": master[0],
+        "MASTER_PORT": master[1],
+        "TORCHELASTIC_RESTART_COUNT": restart,
+        "TORCHELASTIC_MAX_RESTARTS": program.max_restarts,
+        "TORCHELASTIC_RUN_ID": program.run_id,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def _interface_defaults(node: NodeInfo, *, loopback: bool) -> dict[str, str]:
+    """On one machine ranks talk over loopback; on several, over the interface that has the node's address."""
+    name = "lo" if loopback else node.interface
+    return dict.fromkeys(_INTERFACE_VARIABLES, name) if name else {}
+
+
+def _placement(nodes: Sequence[NodeInfo], nproc: int, cpus: int | None) -> dict[int, tuple[int, tuple[int, ...]]]:
+    """Threads and cores of each rank: the cores of a machine shared by all ranks on it, whichever logical node."""
+    machines: dict[str, list[int]] = defaultdict(list)
+    for index, node in enumerate(nodes):
+        machines[node.ray_node].extend(range(index * nproc, (index + 1) * nproc))
+    by_machine = {node.ray_node: node for node in nodes}
+    placed: dict[int, tuple[int, tuple[int, ...]]] = {}
+    for machine, ranks in machines.items():
+        node = by_machine[machine]
+        threads = cpus or max(1, node.cpus // len(ranks))
+        for rank, cores in zip(ranks, share_cores(node.numa, len(ranks)), strict=True):
+            placed[rank] = (threads, cores)
+    return placed

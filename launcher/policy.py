@@ -1,0 +1,124 @@
+"""What to do when something ends: a pure function from what is known to a decision. Actions are elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Action = Literal["wait", "finish", "stopped", "restart", "refuse", "fail"]
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """How a rank failed.
+
+    Attributes:
+        at: Unix time in seconds at which it raised or died.
+        error: class name of the exception, or name of the signal, or "exit code N".
+        what: the exception's text.
+        step: optimizer step it was in; -1 before the first.
+        phase: what it was doing.
+        abrupt: it was gone without a word, by a signal or by leaving early, so others may have failed because of it.
+        final: trying again would end alike: the job itself was refused.
+    """
+
+    rank: int
+    node: int
+    at: float
+    error: str
+    what: str = ""
+    step: int = -1
+    phase: str = ""
+    abrupt: bool = False
+    final: bool = False
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """Sorts causes before consequences: the gone before those whose connection to them broke, then by time."""
+        return (not self.abrupt, self.at)
+
+
+@dataclass(frozen=True)
+class Status:
+    """One generation of ranks as the controller sees it now.
+
+    Attributes:
+        world: number of ranks.
+        ended: number of ranks that exited with code 0.
+        failures: of ranks that did not, in the order they were noticed.
+        lost_nodes: nodes whose agent is gone or of no use, and why in a few words.
+        broken: what of the cluster itself has died, in a few words.
+        complete: the program said that it has done all it was to do.
+        stop_asked: the user asked for a stop.
+    """
+
+    world: int
+    ended: int
+    failures: tuple[RankFailure, ...] = ()
+    lost_nodes: Mapping[int, str] = field(default_factory=dict[int, str])
+    broken: str = ""
+    complete: bool = False
+    stop_asked: bool = False
+
+
+@dataclass(frozen=True)
+class History:
+    """Earlier generations of this run: the first failure of each."""
+
+    max_restarts: int
+    culprits: tuple[RankFailure | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    action: Action
+    reason: str = ""
+    culprit: RankFailure | None = None
+
+
+def decide(status: Status, history: History) -> Decision:
+    """The next move. Only ``wait`` leaves the generation alone; every other action ends it."""
+    if status.ended == status.world:
+        return Decision("stopped" if status.stop_asked and not status.complete else "finish")
+    if status.broken:
+        return Decision("stopped" if status.stop_asked else "fail", status.broken)
+    if not status.failures and not status.lost_nodes:
+        return Decision("wait")
+    culprit = min(status.failures, key=lambda failure: failure.order) if status.failures else None
+    if culprit is not None and culprit.final:
+        # What an earlier generation has trained is a run that fails, and stays.
+        return Decision("fail" if history.culprits else "refuse", culprit.what, culprit)
+    if status.lost_nodes and not (culprit and culprit.abrupt and culprit.node not in status.lost_nodes):
+        culprit = None  # ranks of a lost node took others with them
+    reason = _reason(status, culprit)
+    if status.stop_asked:
+        return Decision("stopped", f"{reason}, while stopping", culprit)
+    if len(history.culprits) >= history.max_restarts:
+        return Decision("fail", reason, culprit)
+    if culprit is not None and any(_same_bug(culprit, earlier) for earlier in history.culprits):
+        return Decision("fail", f"{reason}; the same as before, so another try would end alike", culprit)
+    if status.lost_nodes:
+        return Decision("fail", f"{reason}; a lost node cannot be replaced yet", culprit)
+    return Decision("restart", reason, culprit)
+
+
+def _reason(status: Status, culprit: RankFailure | None) -> str:
+    if culprit is not None:
+        return f"rank {culprit.rank} on node {culprit.node} failed with {culprit.error}"
+    nodes: dict[str, list[str]] = {}
+    for node, why in sorted(status.lost_nodes.items()):
+        nodes.setdefault(why, []).append(str(node))
+    return "; ".join(
+        f"node {which[0]} was lost: {why}" if len(which) == 1 else f"nodes {', '.join(which)} were lost: {why}"
+        for why, which in nodes.items()
+    )
+
+
+def _same_bug(failure: RankFailure, earlier: RankFailure | None) -> bool:
+    """The same exception at the same step is a bug in the program, not an accident."""
+    return (
+        earlier is not None
+        and failure.step >= 0
+        and (failure.error, failure.what, failure.step) == (earlier.error, earlier.what, earlier.step)
+    )

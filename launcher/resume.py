@@ -1,0 +1,186 @@
+"""Which run a launch continues, and from which checkpoints: decided before anything is started."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.manifest import CorruptCheckpoint, Manifest
+from ..checkpoint.reader import catalogue, open_manifest
+from ..core.checks import is_url
+from ..core.errors import JobError, Problem
+from ..core.job import Job
+from ..core.storage import Storage
+from .rundir import Record, RunDir, differences, newest_run
+
+
+@dataclass
+class Start:
+    """What a launch goes on from. :meth:`close` it to release the run.
+
+    Attributes:
+        run: the run directory: one that is continued is held from the beginning, a new one from :meth:`open` on.
+        origin: a folder with another run's checkpoints, to start from where the run has none of its own; or empty.
+    """
+
+    run: RunDir | None = None
+    origin: str = ""
+    _before: tuple[Record, str] | None = None
+
+    def open(self, job: Job, runs: Path, yaml: str) -> RunDir:
+        """The run directory, made now if it is a new one, with ``job`` (also as text) as what it computes."""
+        data = job.model_dump(mode="json")
+        if self.run is None:
+            self.run = RunDir.create(runs, job.name, data, origin=self.origin)
+        else:
+            self._before = self.run.record, self.run.read("job.yaml")
+            self.run.update(job=data)
+        self.run.write("job.yaml", yaml)
+        return self.run
+
+    def take_back(self) -> None:
+        """Undo :meth:`open`, for a launch that was refused after it: leave the runs as they were found.
+
+        A run that has trained since is left as it is.
+        """
+        if self.run is None:
+            return
+        now, before = self.run.record, self._before[0] if self._before else Record("", "")
+        if now.step > before.step or now.generations > before.generations + 1:
+            return
+        if self._before is None:
+            self.run.discard()
+            self.run = None
+        else:
+            record, yaml = self._before
+            self.run.restore(record)
+            self.run.write("job.yaml", yaml)
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.run.close()
+
+
+def checkpoint_url(job: Job, run: RunDir) -> str:
+    """Where a run's checkpoints are written, and looked for first."""
+    return job.checkpoint.to or str(run.path / "checkpoints")
+
+
+def open_storage(job: Job, url: str, where: str = "checkpoint.to") -> Storage:
+    """A folder of checkpoints; the job's storage options are for remote ones."""
+    return Storage(url, job.checkpoint.options if is_url(url) else None, where=where)
+
+
+def decide_start(job: Job, *, runs: Path, resume: str, on_message: Callable[[str], None]) -> Start:
+    """Settle what to continue; nothing is made yet.
+
+    ``"auto"`` continues the newest unfinished run of this name if its job computes the same. Else it begins a new one,
+    which still picks up checkpoints of the same job from an explicit ``checkpoint.to``. ``"never"`` begins a new run. A
+    path or URL names a run directory to continue, or a checkpoint folder to start a new run from.
+
+    Raises:
+        JobError: there is nothing at that path, ``checkpoint.to`` holds another job's checkpoints, or one of the two
+            cannot be used.
+    """
+    if resume not in ("auto", "never"):
+        return _named(job, runs, resume, on_message)
+    run = _unfinished(job, runs, on_message) if resume == "auto" else None
+    return _checked(Start(run), job, resume)
+
+
+def _checked(start: Start, job: Job, resume: str) -> Start:
+    try:
+        _check_destination(job, resume, continued=start.run is not None)
+    except JobError:
+        start.close()
+        raise
+    return start
+
+
+def _unfinished(job: Job, runs: Path, on_message: Callable[[str], None], origin: str | None = None) -> RunDir | None:
+    """The newest run of this name if it is to be continued, and began from ``origin`` where that is given."""
+    path = newest_run(runs, job.name)
+    if path is None:
+        return None
+    run = RunDir.reopen(path)
+    if run is None:
+        on_message(f"{_shown(path)} is in use by another launch, or damaged: beginning a new run")
+        return None
+    record = run.record
+    if record.state != "finished" and record.job and origin in (None, record.origin):  # a script's run has no job
+        changed = differences(job, record.job)
+        if not changed:
+            on_message(f"continuing {_shown(path)} ('--resume never' starts afresh)")
+            return run
+        on_message(f"{_shown(path)} is unfinished, but its job differs ({', '.join(changed[:3])}): beginning a new run")
+    run.close()
+    return None
+
+
+def _named(job: Job, runs: Path, resume: str, on_message: Callable[[str], None]) -> Start:
+    path = Path(resume)
+    if (path / "run.json").is_file():
+        run = RunDir.reopen(path.absolute())
+        if run is None:
+            raise JobError(Problem(f"{resume} is in use by another launch, or its run.json is damaged", "--resume"))
+        changed = differences(job, run.record.job)
+        if changed:
+            on_message(f"continuing {_shown(run.path)} with another job than it began with: {', '.join(changed)}")
+        return _checked(Start(run, run.record.origin), job, resume)
+    storage = open_storage(job, resume, "--resume")
+    with _readable(storage, "--resume"):
+        found = catalogue(storage)
+    if not found:
+        hint = "name a run directory, or a folder with step-* checkpoints"
+        raise JobError(Problem(f"there is no run and no complete checkpoint at {storage}", "--resume", hint))
+    origin = str(storage)
+    return _checked(Start(_unfinished(job, runs, on_message, origin), origin), job, resume)
+
+
+def _check_destination(job: Job, resume: str, *, continued: bool) -> None:
+    """Refuse an explicit ``checkpoint.to`` that cannot be used, or that a new run would mix up with another."""
+    to, where = job.checkpoint.to, "checkpoint.to"
+    if to is None:
+        return
+    storage = open_storage(job, to)
+    storage.check_writable()
+    if continued:
+        return
+    with _readable(storage, where):
+        manifest = _newest_manifest(storage)
+    if manifest is None:
+        return
+    if resume == "never":
+        raise JobError(Problem(f"{storage} holds checkpoints already", where, "name another folder, or empty it"))
+    changed = differences(job, manifest.job)
+    if changed:
+        what = f"{storage} holds checkpoints of another job (different: {', '.join(changed[:3])})"
+        raise JobError(Problem(what, where, "name another folder, or start from it with --resume"))
+    if manifest.step >= manifest.total_steps:
+        what = f"{storage} holds the finished run already (step {manifest.step} of {manifest.total_steps})"
+        raise JobError(Problem(what, where, "name another folder"))
+
+
+def _newest_manifest(storage: Storage) -> Manifest | None:
+    """The newest manifest that can be read; the ranks say what is wrong with a newer one."""
+    for entry in catalogue(storage):
+        with contextlib.suppress(CorruptCheckpoint):
+            return open_manifest(storage, entry.step)
+    return None
+
+
+@contextlib.contextmanager
+def _readable(storage: Storage, where: str) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise JobError(Problem(f"{storage} cannot be read: {error.strerror or error}", where)) from error
+
+
+def _shown(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

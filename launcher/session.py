@@ -1,0 +1,218 @@
+"""One launch from the first process to the last: fork server, cluster, agents, controller, and back."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import JobError, Problem
+from ..core.job import RecoverySpec, Resources
+from .cluster import Cluster, ClusterError, session_folder
+from .demand import Demand, demand_on
+from .host import ForkServer, server_name
+from .interrupt import StopRequests
+from .messages import NodeInfo
+from .precheck import check_job
+from .rundir import RunDir
+
+_LAG = 5.0  # seconds until a file that was just made is seen on every machine that shares the folder
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to launch, beside what to launch.
+
+    Attributes:
+        address: of an existing Ray cluster; None starts an embedded one.
+        runs: parent of the run directories.
+        resume: "auto", "never", or the path or URL of a run directory or checkpoint folder.
+        keep_warm: seconds that an existing cluster's fork servers stay for the next launch on it.
+        fresh: start every rank as a fresh interpreter instead of a fork.
+        quiet: no words of our own on the terminal.
+        master_addr: address for the rendezvous; the default is node 0's.
+        master_port: port for the rendezvous; 0 takes a free one.
+    """
+
+    address: str | None = None
+    runs: str | Path = "runs"
+    resume: str = "auto"
+    keep_warm: float = 0.0
+    fresh: bool = False
+    quiet: bool = False
+    master_addr: str | None = None
+    master_port: int = 0
+
+
+@dataclass
+class Session:
+    """The processes of one launch. Enter it to start what takes longest; leave it and everything is gone."""
+
+    options: Options
+    resources: Resources
+    recovery: RecoverySpec
+    stop: StopRequests
+    _demand: Demand | None
+    """None before the existing cluster could be asked what it has."""
+    environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+    _scope: str = field(default_factory=lambda: secrets.token_hex(8))
+    _server: ForkServer | None = None
+    _check: Future[list[Problem]] | None = None
+    _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "dltrain-session"))
+
+    def __post_init__(self) -> None:
+        if self.resources.nproc_per_node == "cpu":
+            self.environ["CUDA_VISIBLE_DEVICES"] = ""  # or ranks would take the GPUs that are there
+        self.cluster = Cluster(self.options.address, self.recovery.start_timeout, self.stop.leave_if_asked)
+
+    @property
+    def demand(self) -> Demand:
+        """What is asked of the cluster; settled by :meth:`connect` at the latest."""
+        assert self._demand is not None
+        return self._demand
+
+    @property
+    def embedded(self) -> bool:
+        return self.options.address is None
+
+    def __enter__(self) -> Session:
+        self.cluster.check_process()
+        if self.embedded:  # imports torch while Ray starts
+            name = server_name(self._scope, self.environ)
+            self._server = ForkServer.start(name, self.environ, self.recovery.start_timeout)
+            self.cluster.folder = session_folder()
+            self._server.guard(self.cluster.folder)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.cluster.close()
+        finally:
+            if self._server is not None:
+                self._server.close()
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def connect(self, phase: Callable[[str], None]) -> None:
+        """Have Ray: the embedded cluster started, or the existing one joined, and the demand settled with it.
+
+        Raises:
+            ClusterError: the embedded one did not start.
+            JobError: there is none at the address, or it can never hold the run.
+        """
+        phase("starting Ray" if self.embedded else f"joining the cluster at {self.options.address}")
+        self.stop.leave_if_asked()
+        with self.stop.kept():
+            self.cluster.connect(self._demand)
+        self.stop.leave_if_asked()
+        if self._demand is None:
+            self._demand = demand_on(self.resources, self.cluster.machines())
+
+    def begin_check(self, job: dict[str, Any]) -> None:
+        """Start trying the job's code beside Ray's start, where this machine has a fork server."""
+        server = self._server
+        if server is None:
+            return
+
+        def check() -> list[Problem]:
+            timeout = self.recovery.start_timeout
+            server.hello(keep_warm=0, timeout=timeout)
+            return check_job(server, job, environ=self.environ, cwd=str(Path.cwd()), timeout=timeout)
+
+        self._check = self._threads.submit(check)
+
+    def place(self, phase: Callable[[str], None]) -> None:
+        """Have one agent a node, each with a fork server that has torch imported.
+
+        Raises:
+            ClusterError: in time there was no room, no agent, or no fork server.
+            JobError: the nodes do not match this machine's versions.
+        """
+        phase("waiting for nodes")
+        cluster = self.cluster
+        cluster.place(self.demand, self._scope if self.embedded else "", self.environ)
+        keep_warm = 0.0 if self.embedded else self.options.keep_warm  # nobody could find an embedded one's again
+        timeout = self.recovery.start_timeout
+        prepared = [agent.prepare.remote(keep_warm=keep_warm, timeout=timeout) for agent in cluster.agents]
+        interface = self.resources.network_interface
+        nodes: list[NodeInfo] = cluster.call("describe", interface, waiting_for="describing its machine")
+        _check_versions(nodes)
+        phase("importing torch on the nodes")
+        servers = cluster.gather(prepared, waiting_for="importing torch")
+        _check_servers(nodes, servers)
+        cluster.number(nodes)
+
+    def check(self, job: dict[str, Any]) -> list[Problem]:
+        """The problems of the job's code: from the check that was begun, else tried on node 0."""
+        if self._check is None:
+            timeout = self.recovery.start_timeout
+            ref = self.cluster.agents[0].check.remote(job, str(Path.cwd()), timeout=timeout)
+            return self.cluster.gather([ref], waiting_for="checking the job's recipe and data")[0]
+        while not self._check.done():
+            self.stop.leave_if_asked()
+            wait([self._check], timeout=0.25)
+        return self._check.result()
+
+    def check_shared(self, folder: Path) -> None:
+        """Make the folder, and see that every node sees it: each rank writes its part of a checkpoint there.
+
+        Raises:
+            JobError: a node does not.
+        """
+        if self.embedded:
+            return
+        token = secrets.token_hex(8)
+        folder = folder.absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{token}"
+        probe.write_text(token, encoding="utf-8")
+        try:
+            answers = self.cluster.call("sees", str(probe), token, _LAG, waiting_for=f"looking for {folder}")
+        finally:
+            probe.unlink()
+        pairs = zip(self.cluster.nodes, answers, strict=True)
+        blind = ", ".join(f"node {node.node} ({node.hostname})" for node, sees in pairs if not sees)
+        if blind:
+            what = f"{blind} does not see {folder}, where checkpoints go"
+            raise JobError(
+                Problem(what, "checkpoint.to", "a folder that all machines share, or a URL as s3://bucket/run")
+            )
+
+    def adopt(self, run: RunDir, logs: Path) -> None:
+        """Tell the nodes of the run directory, and learn which of them see it."""
+        cluster = self.cluster
+        shares = cluster.call("adopt", str(run.path), run.record.id, str(logs), waiting_for="looking for the run")
+        pairs = zip(cluster.nodes, shares, strict=True)
+        cluster.nodes = [replace(node, shares_run_dir=self.embedded or sees) for node, sees in pairs]
+        self.stop.leave_if_asked()
+        cluster.interrupted = _go_on  # from here on the controller hears of a stop
+
+
+def _go_on() -> None:
+    pass
+
+
+def _check_versions(nodes: list[NodeInfo]) -> None:
+    """Refuse nodes whose versions differ from each other's or from this process's."""
+    from .. import __version__
+
+    for node in nodes:
+        for name, version in node.versions.items():
+            wanted = __version__ if name == "dltrain" else nodes[0].versions[name]
+            if version != wanted:
+                what = f"node {node.node} ({node.hostname}) has {name} {version}, not {wanted}"
+                raise JobError(Problem(what, "--address", f"install {name} {wanted} there"))
+
+
+def _check_servers(nodes: list[NodeInfo], servers: list[dict[str, Any]]) -> None:
+    """Refuse fork servers that cannot fork safely, or have imported different versions of torch."""
+    wanted = servers[0]["torch"]
+    for node, facts in zip(nodes, servers, strict=True):
+        if facts["threads"] != 1:
+            raise ClusterError(f"node {node.node}: its fork server runs {facts['threads']} threads: forks are unsafe")
+        if facts["torch"] != wanted:
+            what = f"node {node.node} ({node.hostname}) has torch {facts['torch']}, node 0 has {wanted}"
+            raise JobError(Problem(what, "--address", "install the same on every machine"))
