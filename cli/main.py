@@ -1,0 +1,108 @@
+"""The ``dltrain`` command: parse, call one function below, render.
+
+    dltrain launch --nodes 2
+    dltrain config show train.epochs=3
+
+Nothing heavy is imported before a command needs it: ``--help`` takes a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..core.errors import DltrainError, JobError, Problem
+from .arguments import classify
+from .options import add_launch
+from .render import exit_code, render_error
+
+_JOB_HELP = "A job file (default ./dltrain.yaml, else the built-in job) and key.path=value overrides."
+
+app = typer.Typer(
+    name="dltrain",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+config = typer.Typer(no_args_is_help=True, help="Show, describe and start job files.")
+add_launch(app)
+app.add_typer(config, name="config")
+
+
+def main() -> None:
+    """Run the command line; every error that dltrain raises on purpose ends in a message and its exit code."""
+    _open_closed_streams()
+    command = typer.main.get_command(app)
+    try:
+        _check_command(sys.argv[1:], getattr(command, "commands", {}))
+        command.main(prog_name="dltrain")
+    except DltrainError as error:
+        render_error(error)
+        sys.exit(exit_code(error))
+
+
+def _open_closed_streams() -> None:
+    """Have standard streams that the caller has closed lead nowhere; else the next file would take their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free, which is the stream's
+            os.set_inheritable(null, True)
+            setattr(sys, name, os.fdopen(null, mode, encoding="utf-8"))
+
+
+def _check_command(argv: list[str], commands: dict[str, object]) -> None:
+    first = argv[0] if argv else ""
+    if first and first not in commands and not first.startswith("-") and classify(first) != "unknown":
+        raise JobError(Problem(f"'{first}' is no command", hint=f"did you mean: dltrain launch {first}"))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dltrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def dltrain(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Launch distributed PyTorch training on Ray: one command from the laptop to the cluster."""
+
+
+@config.command("show")
+def show(
+    target: Annotated[list[str] | None, typer.Argument(metavar="TARGET", help=_JOB_HELP, show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the job, and the origin of each value.")] = False,
+) -> None:
+    """Print the resolved job, with the place that each value comes from."""
+    from .config import show_job
+
+    show_job(target or [], as_json=as_json)
+
+
+@config.command("schema")
+def schema() -> None:
+    """Print the JSON schema of job files, for editors."""
+    from .config import print_schema
+
+    print_schema()
+
+
+@config.command("init")
+def init(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="File to write.")] = "dltrain.yaml",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented starter job file."""
+    from pathlib import Path
+
+    from .config import init_job
+
+    init_job(Path(path), force=force)

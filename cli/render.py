@@ -1,0 +1,51 @@
+"""Errors as the user sees them, and the exit code of each."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+from ..core.errors import DltrainError, Interrupted, JobError, Problem, RunFailed
+
+_RED, _DIM, _RESET = "\033[1;31m", "\033[2m", "\033[0m"
+
+
+def render_error(error: DltrainError, stream: TextIO | None = None) -> None:
+    """Write ``error`` to ``stream`` (standard error by default), in colour where a person watches."""
+    out = sys.stderr if stream is None else stream
+    lead = f"{_RED}dltrain:{_RESET} " if wants_colour(out) else "dltrain: "
+    if not isinstance(error, JobError):
+        out.write(f"{lead}{error}\n")
+        if isinstance(error, RunFailed) and error.report:
+            out.write(dim(f"report: {error.report}", out) + "\n")
+        return
+    count = len(error.problems)
+    if count > 1:
+        out.write(f"{lead}{count} problems; nothing was started\n")
+    for problem in error.problems:
+        hint = [dim(f"      {line}", out) for line in problem.hint.splitlines()]
+        out.write("\n".join([("  " if count > 1 else lead) + _sentence(problem), *hint]) + "\n")
+
+
+def exit_code(error: DltrainError) -> int:
+    """2 for a wrong request, 128 + the signal's number after an interrupt, 1 for a failed run."""
+    if isinstance(error, JobError):
+        return 2
+    return 128 + error.signum if isinstance(error, Interrupted) else 1
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether ``stream`` is a terminal whose user did not ask for plain text (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def dim(text: str, stream: TextIO) -> str:
+    """``text`` in a fainter shade where a person watches ``stream``."""
+    return f"{_DIM}{text}{_RESET}" if wants_colour(stream) else text
+
+
+def _sentence(problem: Problem) -> str:
+    first, *more = problem.what.splitlines() or [""]
+    place = f"{problem.where}: " if problem.where else ""
+    return "\n".join([f"{place}{first}", *(f"      {line}" for line in more)])
