@@ -1,0 +1,73 @@
+"""Fixtures of several files: a sandbox whose leftovers fail the test, an S3 server, storage folders."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # support modules beside the tests
+
+from dltrain.core.storage import Storage
+from launching import Sandbox
+from runs import RunFolder
+from stage import uninterrupted
+
+if TYPE_CHECKING:
+    from s3_server import S3Server
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory of this process."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
+    """An empty working directory to launch from. After the test nothing of what it started may be left."""
+    box = Sandbox(tmp_path)
+    try:
+        yield box
+        left = box.leftovers()
+    finally:
+        box.close()
+    assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The staged job's run on two ranks that nothing happened to."""
+    return uninterrupted(tmp_path_factory.mktemp("uninterrupted"))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    from s3_server import S3Server  # takes a second, which only tests that use it should pay
+
+    with S3Server.running() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new bucket, on the server that this process's AWS environment points to."""
+    return s3.new_bucket(monkeypatch)
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty folder, local and in S3."""
+    if request.param == "local":
+        return Storage(str(tmp_path / "run"))
+    return Storage(f"s3://{request.getfixturevalue('bucket')}/run")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Storage:
+    """An empty local folder."""
+    return Storage(str(tmp_path / "run"))

@@ -1,0 +1,119 @@
+"""Run the real ``dltrain`` command in a process of its own, and look at what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+
+
+def wait_for(condition: Callable[[], object], *, what: str, timeout: float = 60.0) -> object:
+    """Poll until ``condition()`` is true and return its value; fail the test by name after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout:g} s for {what}")
+        time.sleep(0.05)
+    return value
+
+
+@dataclass
+class Sandbox:
+    """A working directory, a temporary directory, and a mark in the environment by which all descendants are found."""
+
+    folder: Path
+    temporary: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="dl", dir="/tmp")))
+    mark: str = field(default_factory=lambda: f"DLTEST_MARK={secrets.token_hex(8)}")
+    prefix: tuple[str, ...] = ()
+    """Put before every command."""
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The environment of every command: no user's settings, no trackers, a private temporary directory."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("DLTRAIN_", "WANDB_", "RAY_", "TORCHELASTIC"))}
+        name, _, value = self.mark.partition("=")
+        return kept | {
+            name: value,
+            "TMPDIR": str(self.temporary),
+            "WANDB_ERROR_REPORTING": "false",
+            "HOME": str(self.folder),
+        }
+
+    def run(
+        self, *args: str, timeout: float = 120, command: str = "dltrain", **environ: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``dltrain`` (or another console script) to its end."""
+        with self.start(*args, command=command, **environ) as process:
+            out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    @contextmanager
+    def start(self, *args: str, command: str = "dltrain", **environ: str) -> Iterator[subprocess.Popen[str]]:
+        """Start the command as the leader of a process group of its own; it is killed on the way out."""
+        process = subprocess.Popen(
+            [*self.prefix, str(BIN / command), *args],
+            cwd=self.folder,
+            env=self.environ | environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+
+    def processes(self) -> dict[int, str]:
+        """Living processes that carry the mark: process id to command line."""
+        found: dict[int, str] = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                try:
+                    if self.mark.encode() in (entry / "environ").read_bytes():
+                        found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                except OSError:
+                    continue
+        return found
+
+    def named(self, name: str) -> list[int]:
+        """Process ids of marked processes by the name that ``ps`` shows (a rank's is ``dltrain-rank3``)."""
+
+        def comm(pid: int) -> str:
+            try:
+                return Path(f"/proc/{pid}/comm").read_text().strip()
+            except OSError:
+                return ""
+
+        return [pid for pid in self.processes() if comm(pid) == name]
+
+    def leftovers(self, timeout: float = 10.0) -> list[str]:
+        """What is still there: processes, temporary files, shared memory; processes get ``timeout`` seconds to go."""
+        deadline = time.monotonic() + timeout
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        # torch makes its compile cache on import, under torchrun too; it is shared by every program of the user
+        files = [str(path) for path in self.temporary.iterdir() if not path.name.startswith("torchinductor_")]
+        return [*self.processes().values(), *files]
+
+    def close(self) -> None:
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.temporary, ignore_errors=True)

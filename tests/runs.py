@@ -1,0 +1,45 @@
+"""What a run left in its directory, for tests that compare runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_NUMBERS = ("train/loss", "train/grad_norm", "train/lr", "train/epoch", "val/", "test/")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run directory."""
+
+    path: Path
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    def steps(self) -> list[int]:
+        return [row["step"] for row in self.rows()]
+
+    def numbers(self) -> list[dict[str, Any]]:
+        """The rows without what is measured in seconds: equal for runs that computed the same."""
+        return [
+            {name: value for name, value in row.items() if name == "step" or name.startswith(_NUMBERS)}
+            for row in self.rows()
+        ]
+
+    def losses(self) -> list[float]:
+        return [row["train/loss"] for row in self.rows()]
+
+    def weights(self) -> str:
+        """sha256 of the final weights."""
+        return hashlib.sha256((self.path / "weights.safetensors").read_bytes()).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        return json.loads((self.path / "run.json").read_text())
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the complete checkpoints."""
+        return sorted(int(path.parent.name[5:]) for path in self.path.glob("checkpoints/step-*/manifest.json"))

@@ -1,0 +1,83 @@
+"""What to do when something ends: the table of cases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from dltrain.launcher.policy import Decision, History, RankFailure, Status, decide
+
+RAISED = RankFailure(rank=1, node=0, at=10.0, error="ValueError", what="no", step=7, phase="forward")
+KILLED = RankFailure(rank=2, node=1, at=11.0, error="SIGKILL", abrupt=True)
+REFUSED = RankFailure(rank=0, node=0, at=9.0, error="JobError", what="train longer", final=True)
+LOST = {1: "its agent died"}
+
+
+def status(**changes: object) -> Status:
+    return replace(Status(world=4, ended=0), **changes)  # pyright: ignore[reportArgumentType]  # names of fields
+
+
+def history(restarts: int = 0, *culprits: RankFailure | None) -> History:
+    return History(restarts, culprits)
+
+
+@pytest.mark.parametrize(
+    ("seen", "before", "action", "reason", "culprit"),
+    [
+        # nothing is wrong
+        (status(), history(), "wait", "", None),
+        (status(ended=3), history(), "wait", "", None),
+        (status(ended=4), history(), "finish", "", None),
+        (status(stop_asked=True), history(), "wait", "", None),
+        (status(ended=4, stop_asked=True), history(), "stopped", "", None),
+        (status(ended=4, stop_asked=True, complete=True), history(), "finish", "", None),
+        # one rank fails
+        (status(failures=(RAISED,)), history(), "fail", "rank 1 on node 0 failed with ValueError", RAISED),
+        (status(failures=(RAISED,)), history(2), "restart", "rank 1 on node 0 failed with ValueError", RAISED),
+        (status(failures=(KILLED,)), history(2, RAISED), "restart", "rank 2 on node 1 failed with SIGKILL", KILLED),
+        (status(failures=(KILLED,)), history(2, KILLED, RAISED), "fail", "failed with SIGKILL", KILLED),
+        (status(failures=(RAISED,), stop_asked=True), history(2), "stopped", "ValueError, while stopping", RAISED),
+        (status(failures=(REFUSED,)), history(2), "refuse", "train longer", REFUSED),
+        (status(failures=(REFUSED,)), history(2, KILLED), "fail", "train longer", REFUSED),  # others have trained
+        # the same bug again
+        (status(failures=(RAISED,)), history(5, RAISED), "fail", "another try would end alike", RAISED),
+        (status(failures=(RAISED,)), history(5, None, RAISED), "fail", "another try would end alike", RAISED),
+        (status(failures=(RAISED,)), history(5, replace(RAISED, step=8)), "restart", "ValueError", RAISED),
+        (status(failures=(RAISED,)), history(5, replace(RAISED, what="yes")), "restart", "ValueError", RAISED),
+        (status(failures=(KILLED,)), history(5, KILLED), "restart", "SIGKILL", KILLED),  # no step: an accident
+        # cause and consequence
+        (status(failures=(RAISED, KILLED)), history(), "fail", "rank 2 on node 1 failed with SIGKILL", KILLED),
+        (status(failures=(replace(RAISED, at=12.0, rank=3), RAISED)), history(), "fail", "rank 1 on", RAISED),
+        # nodes
+        (status(lost_nodes=LOST), history(), "fail", "node 1 was lost: its agent died", None),
+        (status(lost_nodes=LOST, failures=(RAISED,)), history(), "fail", "node 1 was lost: its agent died", None),
+        (status(lost_nodes=LOST, failures=(KILLED,)), history(), "fail", "node 1 was lost: its agent died", None),
+        (
+            status(lost_nodes=LOST, failures=(replace(KILLED, node=0),)),
+            history(),
+            "fail",
+            "rank 2 on node 0 failed with SIGKILL",
+            replace(KILLED, node=0),
+        ),
+        (status(lost_nodes={2: "x", 0: "x"}), history(), "fail", "nodes 0, 2 were lost: x", None),
+        (status(lost_nodes={0: "x", 1: "y"}), history(), "fail", "node 0 was lost: x; node 1 was lost: y", None),
+        (status(lost_nodes=LOST), history(3), "fail", "a lost node cannot be replaced yet", None),
+        (status(lost_nodes=LOST, stop_asked=True), history(3), "stopped", "died, while stopping", None),
+        # the cluster
+        (status(broken="Ray's raylet died"), history(3), "fail", "Ray's raylet died", None),
+        (status(ended=4, lost_nodes=LOST, broken="Ray's raylet died"), history(), "finish", "", None),
+        (status(broken="Ray's raylet died", stop_asked=True), history(3), "stopped", "Ray's raylet died", None),
+    ],
+)
+def test_decisions(seen: Status, before: History, action: str, reason: str, culprit: RankFailure | None) -> None:
+    decision = decide(seen, before)
+    assert (decision.action, decision.culprit) == (action, culprit)
+    assert reason in decision.reason
+    assert bool(reason) == bool(decision.reason)
+
+
+def test_deciding_changes_nothing() -> None:
+    seen = status(failures=(RAISED, KILLED), lost_nodes=dict(LOST))
+    assert decide(seen, history(1)) == decide(seen, history(1))
+    assert seen == status(failures=(RAISED, KILLED), lost_nodes=LOST)
+    assert isinstance(decide(seen, history(1)), Decision)

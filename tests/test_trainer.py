@@ -1,0 +1,85 @@
+"""The step loop in this process, as one rank alone: what it takes up, what it leaves, and what it says."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import flip, shard_files
+from dltrain.checkpoint.reader import catalogue
+from dltrain.core.errors import JobError
+from dltrain.core.job import Job
+from dltrain.core.pulse import Pulse
+from dltrain.core.storage import Storage
+from dltrain.core.wire import Channel, Message
+from dltrain.training.context import from_environment
+from dltrain.training.loop import Trainer
+from dltrain.training.reporter import ChannelReporter
+
+JOB: dict[str, Any] = {"model": {"widths": [2], "hidden": 4}, "train": {"steps": 4, "evaluate_every": 100}}
+
+
+def train(folder: Path, *restore: Path, **changes: dict[str, Any]) -> list[Message]:
+    """Train the job with ``changes`` and checkpoints in ``folder``; what it told its agent, which answers nothing."""
+    values = {key: JOB.get(key, {}) | changes.get(key, {}) for key in JOB | changes}
+    job = Job.model_validate(values)
+    ours, theirs = (Channel(sock) for sock in socket.socketpair())
+    reporter = ChannelReporter(theirs)
+    storage = Storage(str(folder))
+    state = torch.get_rng_state()
+    try:
+        trainer = Trainer(
+            job,
+            ctx=from_environment({}),
+            device=torch.device("cpu"),
+            storage=storage,
+            reporter=reporter,
+            pulse=Pulse.create(),
+        )
+        trainer.run(restore_urls=[str(folder), *map(str, restore)], tracking={})
+        return ours.receive()
+    finally:
+        torch.set_rng_state(state)
+        ours.close()
+        theirs.close()
+
+
+def steps(folder: Path) -> list[int]:
+    return [entry.step for entry in catalogue(Storage(str(folder)))]
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody answers here, so a rank need not wait for it."""
+    monkeypatch.setattr("dltrain.training.snapshot._SETTLE", 0.01)
+
+
+def test_a_run_that_begins_at_anothers_end_has_a_checkpoint_of_its_own(tmp_path: Path) -> None:
+    train(tmp_path / "one")
+    train(tmp_path / "two", tmp_path / "one")
+    assert steps(tmp_path / "two") == steps(tmp_path / "one") == [4]
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, train={"optimizer": {"name": "sgd"}})
+    with pytest.raises(JobError, match=r"train\.optimizer: the checkpoint of step 4 has no optimizer\..*exp_avg"):
+        train(tmp_path)
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_begun_over_them(tmp_path: Path) -> None:
+    train(tmp_path, checkpoint={"every": 2})
+    for step in (2, 4):
+        flip(shard_files(Storage(str(tmp_path)), step)[0])
+    with pytest.raises(JobError, match=r"no checkpoint in .* is usable: rank 0: checkpoint step-00000004 is corrupt"):
+        train(tmp_path)
+    assert steps(tmp_path) == [4, 2]
+
+
+def test_a_checkpoint_before_the_first_row_of_metrics_waits_for_none(tmp_path: Path) -> None:
+    said = train(tmp_path, train={"log_every": 100}, checkpoint={"every": 1})
+    waited = [message["step"] for message in said if message["t"] == "settle"]
+    assert waited == [4]
+    assert [message["step"] for message in said if message["t"] == "saved"] == [1, 2, 3, 4]
