@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -60,7 +61,11 @@ class Recipe(Protocol):
         return Layout()
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:
-        """The mean loss of ``part`` over the samples of ``batch``: a scalar tensor with a gradient."""
+        """The mean loss of ``part`` over the samples of ``batch``: a scalar tensor with a gradient.
+
+        The other parts are there to be used: their weights are frozen meanwhile. A part may be called once only, since
+        wrappers that reduce gradients count on it.
+        """
         ...
 
     def metrics(self, parts: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
@@ -97,7 +102,8 @@ class Shard:
 
 
 #: State of an engine by fully qualified name: ``model.<part>.<fqn>`` for weights and buffers,
-#: ``optimizer.<part>.<fqn>.<slot>`` for the optimizer's. The same names under every strategy.
+#: ``optimizer.<part>.<fqn>.<slot>`` for the optimizer's, ``ema.<part>.<fqn>`` for averaged weights. The same names
+#: under every strategy.
 ShardedState = Mapping[str, Shard]
 
 
@@ -107,6 +113,7 @@ class StepResult:
 
     Attributes:
         loss: by part, this rank's share of the step's mean loss (float32 scalar tensor); the ranks' shares add up.
+            Only the parts that this step trained.
         grad_norm: by part, the global L2 norm before clipping; only where clipping is on.
     """
 
@@ -115,22 +122,35 @@ class StepResult:
 
 
 class Engine(ABC):
-    """What a strategy makes of a recipe. One level: implementations are final."""
+    """What a strategy makes of a recipe. One level: implementations are final.
+
+    Attributes:
+        parts: names of the recipe's parts.
+    """
+
+    parts: tuple[str, ...]
 
     @abstractmethod
-    def step(self, microbatches: Sequence[Batch], lr: float) -> StepResult:
-        """Forward, backward, gradient reduction and one optimizer update with learning rate ``lr``."""
+    def step(self, microbatches: Sequence[Batch], rate: float) -> StepResult:
+        """Forward, backward, gradient reduction and one optimizer update, part after part.
+
+        ``rate`` is the schedule's factor: each optimizer takes its own peak learning rate times it.
+        """
 
     @abstractmethod
     def share_buffers(self) -> None:
         """Give every rank the same buffers (running statistics): rank 0's. Collective.
 
-        Between steps each rank has its own. This comes before they are evaluated with, or saved.
+        Between steps each rank has its own. This comes before they are saved.
         """
 
     @abstractmethod
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Have the weights to evaluate with in place, and rank 0's buffers; training's come back after. Collective."""
+
+    @abstractmethod
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """The recipe's metrics of a batch without gradients: one value per sample each."""
+        """The recipe's metrics of a batch, one value per sample each; within :meth:`evaluating`."""
 
     @abstractmethod
     def state(self) -> ShardedState:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: One rank's JSON-able record of the steps since its last one. Keys: ``step`` (completed optimizer steps), ``loss``
-#: and ``norm`` (by part; the ranks' loss shares add up), ``samples``, ``steps``, ``seconds`` and ``wait`` (step time,
-#: and the part of it spent waiting for data), ``at`` (Unix time), ``lr``, ``epoch``, ``metrics`` (already reduced).
+#: and ``norm`` (by part, of those trained in that step; the ranks' loss shares add up), ``alone`` (whether the recipe
+#: has one part only), ``samples``, ``steps``, ``seconds`` and ``wait`` (step time, and the part of it spent waiting
+#: for data), ``at`` (Unix time), ``lr``, ``epoch``, ``metrics`` (already reduced).
 Row = dict[str, Any]
 
 
@@ -39,10 +40,9 @@ def reduce_rows(rows: list[Row]) -> RunRow:
     slowest = max(row["seconds"] for row in rows)
     metrics: dict[str, float] = {}
     for part in first["loss"]:
-        name = "train/loss" if len(first["loss"]) == 1 else f"train/{part}/loss"
-        metrics[name] = sum(row["loss"][part] for row in rows)
+        metrics[_name(first, part, "loss")] = sum(row["loss"][part] for row in rows)
     for part, norm in first["norm"].items():
-        metrics["train/grad_norm" if len(first["norm"]) == 1 else f"train/{part}/grad_norm"] = norm
+        metrics[_name(first, part, "grad_norm")] = norm
     metrics["train/lr"] = first["lr"]
     metrics["train/epoch"] = first["epoch"]
     metrics["train/samples_per_second"] = first["samples"] / slowest if slowest > 0 else 0.0
@@ -53,6 +53,10 @@ def reduce_rows(rows: list[Row]) -> RunRow:
     wait = sum(row["wait"] for row in rows) / len(rows)
     seconds = sum(row["seconds"] for row in rows) / len(rows)
     return RunRow(first["step"], max(row["at"] for row in rows), metrics, first["steps"], seconds - wait, wait)
+
+
+def _name(row: Row, part: str, figure: str) -> str:
+    return f"train/{figure}" if row["alone"] else f"train/{part}/{figure}"
 
 
 @dataclass

@@ -2,34 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.contracts import Engine, Recipe
-from ..core.job import Job, Optimizer
-from .torch_engine import Mark, Reseed, TorchEngine
+from ..core.errors import JobError, Problem, did_you_mean
+from ..core.job import Job
+from .ema import Ema
+from .optimizers import build_optimizers
+from .recompute import recompute
+from .torch_engine import Mark, Precision, Reseed, TorchEngine, Trained
 
 
 def build_engine(job: Job, recipe: Recipe, *, world: int, device: torch.device, reseed: Reseed, mark: Mark) -> Engine:
     """The engine that ``job.parallel`` asks for, on a process group of ``world`` ranks (none is needed for one).
 
     Every rank must have seeded torch alike, so that all start from the same weights.
+
+    Raises:
+        JobError: the job's optimizers do not fit the recipe's parts.
     """
     axes = job.parallel.axes(world)
-    parts = {name: part.to(device).train() for name, part in recipe.parts().items()}
-    optimizers = {name: build_optimizer(part, job.train.optimizer) for name, part in parts.items()}
-    if axes["data"] > 1:
-        parts = {name: _ddp(part, device, job.parallel.bucket_mb) for name, part in parts.items()}
+    modules = {name: part.to(device).train() for name, part in recipe.parts().items()}
+    check_parts(job, modules)
+    parts: dict[str, Trained] = {}
+    for name, module in modules.items():
+        if job.train.recompute:
+            recompute(module, recipe.layout(name).units)
+        if job.train.compile:
+            module.compile()
+        wrapped = _ddp(module, device, job.parallel.bucket_mb) if axes["data"] > 1 else module
+        spec = job.train.optimizer_of(name)
+        parts[name] = Trained(wrapped, build_optimizers(module, spec), spec.every)
     return TorchEngine(
         recipe,
         parts,
-        optimizers,
         data_ranks=axes["data"],
         clip_norm=job.train.clip_norm,
+        ema=Ema(modules, job.train.ema) if job.train.ema is not None else None,
+        precision=_precision(job, device),
         reseed=reseed,
         mark=mark,
     )
+
+
+def check_parts(job: Job, modules: dict[str, nn.Module]) -> None:
+    """Refuse optimizers for parts that the recipe does not have.
+
+    Raises:
+        JobError: there is one.
+    """
+    for name in job.train.parts:
+        if name not in modules:
+            hint = did_you_mean(name, modules)
+            raise JobError(Problem(f"{job.recipe} has no part '{name}'", "train.parts", hint))
 
 
 def _ddp(part: nn.Module, device: torch.device, bucket_mb: float) -> nn.Module:
@@ -37,14 +66,7 @@ def _ddp(part: nn.Module, device: torch.device, bucket_mb: float) -> nn.Module:
     return DistributedDataParallel(part, device_ids=ids, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
 
 
-def build_optimizer(module: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that ``spec`` names, over the module's trainable parameters."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    first, second = spec.betas
-    match spec.name:
-        case "sgd":
-            return torch.optim.SGD(parameters, spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay)
-        case "adam":
-            return torch.optim.Adam(parameters, spec.lr, betas=(first, second), weight_decay=spec.weight_decay)
-        case "adamw":
-            return torch.optim.AdamW(parameters, spec.lr, betas=(first, second), weight_decay=spec.weight_decay)
+def _precision(job: Job, device: torch.device) -> Precision:
+    if job.train.precision == "fp32":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)

@@ -56,7 +56,8 @@ def plain() -> tuple[list[float], list[float], dict[str, torch.Tensor], float]:
     x = ((torch.tensor(images / 16, dtype=torch.float32) - pixels.mean()) / pixels.std()).view(-1, 1, 8, 8)
     torch.manual_seed(derive(SEED, "weights"))
     model = Net()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    kernels, biases = ([p for p in model.parameters() if (p.dim() > 1) is many] for many in (True, False))
+    optimizer = torch.optim.AdamW([{"params": kernels, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0}])
     order = Order(len(train), SEED)
     total = round(EPOCHS * len(train))
     steps = math.ceil(total / BATCH)
@@ -68,7 +69,7 @@ def plain() -> tuple[list[float], list[float], dict[str, torch.Tensor], float]:
         optimizer.zero_grad()
         loss = 0.0
         for index, part in enumerate(np.array_split(picked, MICROBATCHES)):
-            torch.manual_seed(derive(SEED, "step", step, index))
+            torch.manual_seed(derive(SEED, "step", step, index, 0))
             share = cross_entropy(model(x[part]), y[part], reduction="sum") / len(picked)
             share.backward()
             loss += share.item()
@@ -76,7 +77,8 @@ def plain() -> tuple[list[float], list[float], dict[str, torch.Tensor], float]:
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
         progress = (step - WARMUP) / (steps - WARMUP)
         rate = RATE * (step + 1) / (WARMUP + 1) if step < WARMUP else RATE * 0.5 * (1 + math.cos(math.pi * progress))
-        optimizer.param_groups[0]["lr"] = rate
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
     model.eval()
     right = (model(x[test]).argmax(1) == y[test]).double().mean().item()

@@ -25,9 +25,10 @@ from ..data.order import StepPlan
 from ..data.sources import open_source
 from ..data.split import Subset, split
 from ..strategies.build import build_engine
-from ..strategies.schedule import learning_rate
+from ..strategies.schedule import rate
 from .agree import Agreement
 from .context import Context
+from .course import Course
 from .evaluate import evaluate
 from .recipes import load_recipe
 from .reporter import Reporter
@@ -59,6 +60,7 @@ class Trainer:
             last_step=train.last_step,
         )
         self._normalizer: Normalizer | None = None
+        self._course = Course(train)
         self._evaluate_every = train.evaluate_every or math.ceil(len(self._parts["train"]) / train.global_batch)
         torch.manual_seed(derive(job.seed, "weights"))
         self._engine = build_engine(
@@ -72,13 +74,14 @@ class Trainer:
         start = self._restore(restore_urls)
         self._say_setup(start)
         done = self._steps(start)
-        finished = done >= self._plan.total_steps
+        end = done if self._course.ended else self._plan.total_steps
+        finished = done >= end
         metrics: dict[str, float] = {}
         if finished:
             metrics = self._evaluate("val") | self._evaluate("test")
             self._reporter.annotate(metrics)
         if done > 0 and self._snapshots.newest != done:
-            self._save(done)
+            self._save(done, end)
         self._reporter.sync()
         if self._ctx.rank == 0:
             status = "finished" if finished else "stopped"
@@ -103,6 +106,7 @@ class Trainer:
         if manifest.step > self._plan.total_steps:
             what = f"the checkpoint is of step {manifest.step}, the job ends at step {self._plan.total_steps}"
             raise JobError(Problem(what, "train.steps" if self._job.train.steps else "train.epochs", "train longer"))
+        self._course.load(cast(dict[str, Any], manifest.extra.get("course", {})))
         return manifest.cursor.step
 
     def _fit_normalizer(self) -> Normalizer:
@@ -149,7 +153,9 @@ class Trainer:
                     if agreement.ask(step, self._reporter.stop_requested):
                         return step
                 self._one_step(step, batches, meter)
-                self._after(step + 1, meter)
+                self._after(step + 1)
+                if self._course.ended:
+                    return step + 1
         finally:
             loader.close()
         return self._plan.total_steps
@@ -160,20 +166,23 @@ class Trainer:
         begin = time.monotonic()
         microbatches = [_to(batch, self._device) for batch in next(batches)]
         wait = time.monotonic() - begin
-        lr = learning_rate(train.schedule, peak=train.optimizer.lr, step=step, total_steps=self._plan.total_steps)
-        result = self._engine.step(microbatches, lr)
+        share = rate(train.schedule, step=step, total_steps=self._plan.total_steps, falls=self._course.falls)
+        result = self._engine.step(microbatches, share)
         meter.add(step, seconds=time.monotonic() - begin, wait=wait)
         if (step + 1) % train.log_every == 0 or self._evaluates(step + 1):
-            self._reporter.row(meter.row(step + 1, result, lr))
+            row = meter.row(step + 1, result, share * train.optimizer.lr, alone=len(self._engine.parts) == 1)
+            self._reporter.row(row)
 
-    def _after(self, done: int, meter: _Meter) -> None:
+    def _after(self, done: int) -> None:
         """What comes between steps: evaluation and checkpoints at the steps the job names."""
         if self._evaluates(done) and done < self._plan.total_steps:
-            self._reporter.annotate(self._evaluate("val"))
+            metrics = self._evaluate("val")
+            self._reporter.annotate(metrics)
+            self._course.take(metrics)
         every = self._job.checkpoint.every
-        if every and done % every == 0 and done < self._plan.total_steps:
+        if every and done % every == 0 and done < self._plan.total_steps and not self._course.ended:
             try:
-                self._save(done)
+                self._save(done, self._plan.total_steps)
             except SaveFailed as error:  # training can go on; the older checkpoints are still there
                 if self._ctx.rank == 0:
                     self._reporter.send("note", text=str(error))
@@ -186,7 +195,6 @@ class Trainer:
         if not len(self._parts[part]):
             return {}
         self._pulse.mark("evaluate")
-        self._engine.share_buffers()
         batches = eval_batches(
             self._source,
             self._parts[part],
@@ -196,19 +204,22 @@ class Trainer:
             normalizer=self._normalizer,
         )
         moved = ((_to(batch, self._device), count) for batch, count in batches)
-        return {
-            f"{part}/{name}": value for name, value in evaluate(self._engine, moved, world=self._data_ranks).items()
-        }
+        with self._engine.evaluating():
+            found = evaluate(self._engine, moved, world=self._data_ranks)
+        return {f"{part}/{name}": value for name, value in found.items()}
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, end: int) -> None:
+        """Write a checkpoint after ``done`` steps of ``end``."""
         self._pulse.mark("checkpoint")
         self._engine.share_buffers()
-        extra = {"normalizer": self._normalizer.state()} if self._normalizer is not None else {}
-        position = Position(done, self._plan.samples_before(done), self._plan.total_steps, extra)
+        extra: dict[str, Any] = {"course": self._course.state()}
+        if self._normalizer is not None:
+            extra["normalizer"] = self._normalizer.state()
+        position = Position(done, self._plan.samples_before(done), end, extra)
         self._snapshots.save(self._engine, position, self._tracking)
 
-    def _reseed(self, step: int, microbatch: int) -> None:
-        key = derive(self._job.seed, "step", step, microbatch)
+    def _reseed(self, step: int, microbatch: int, part: int) -> None:
+        key = derive(self._job.seed, "step", step, microbatch, part)
         torch.default_generator.manual_seed(key)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(key)
@@ -230,12 +241,13 @@ class _Meter:
         self._seconds += seconds
         self._wait += wait
 
-    def row(self, done: int, result: StepResult, lr: float) -> Row:
+    def row(self, done: int, result: StepResult, lr: float, *, alone: bool) -> Row:
         """This rank's row after ``done`` steps; the sums begin anew."""
         row: Row = {
             "step": done,
             "loss": {part: float(loss) for part, loss in result.loss.items()},
             "norm": {part: float(norm) for part, norm in result.grad_norm.items()},
+            "alone": alone,
             "samples": self._samples,
             "steps": self._steps,
             "seconds": self._seconds,

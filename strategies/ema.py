@@ -1,0 +1,51 @@
+"""An exponential moving average of the weights, beside the weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Averages every trainable parameter; works on whatever piece of it this rank holds.
+
+    The decay of update ``t`` (from 0) is ``min(decay, (1 + t) / (10 + t))``, so that the start is forgotten soon (as
+    TensorFlow's ExponentialMovingAverage with ``num_updates``).
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
+        self._decay = decay
+        self._pairs = {
+            f"{part}.{name}": (parameter, parameter.detach().clone())
+            for part, module in modules.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step ``step``."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for parameter, average in self._pairs.values():
+                average.lerp_(parameter, 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Generator[None]:
+        """The averages in the place of the weights, which come back unchanged to the bit."""
+        with torch.no_grad():
+            kept = [parameter.detach().clone() for parameter, _ in self._pairs.values()]
+            for parameter, average in self._pairs.values():
+                parameter.copy_(average)
+            try:
+                yield
+            finally:
+                for (parameter, _), weight in zip(self._pairs.values(), kept, strict=True):
+                    parameter.copy_(weight)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The averages by ``<part>.<fqn>``."""
+        for name, (_, average) in self._pairs.items():
+            yield name, average

@@ -1,0 +1,90 @@
+"""What evaluations decide about the rest of a run: when the learning rate falls, and when to end early."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ..core.errors import JobError, Problem
+from ..core.job import TrainSpec
+
+
+class Watch:
+    """The best value of a metric so far, and how many evaluations ago it was."""
+
+    def __init__(self, metric: str, goal: Literal["min", "max"], *, patience: int, min_delta: float = 0.0) -> None:
+        self._metric = metric
+        self._sign = 1.0 if goal == "min" else -1.0
+        self._patience, self._min_delta = patience, min_delta
+        self._best: float | None = None
+        self._since = 0
+
+    def worn(self, metrics: Mapping[str, float], where: str) -> bool:
+        """Whether the metric has not improved for ``patience`` evaluations, this one counted; the count begins anew.
+
+        Raises:
+            JobError: there is no such metric among ``metrics``; ``where`` is the key that names it.
+        """
+        if self._metric not in metrics:
+            known = ", ".join(sorted(metrics)) or "there are none"
+            raise JobError(Problem(f"no metric '{self._metric}' is evaluated", where, f"known: {known}"))
+        value = self._sign * metrics[self._metric]
+        if self._best is None or value < self._best - self._min_delta:
+            self._best, self._since = value, 0
+            return False
+        self._since += 1
+        if self._since < self._patience:
+            return False
+        self._since = 0
+        return True
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self._best, "since": self._since}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._best, self._since = state["best"], state["since"]
+
+
+class Course:
+    """The same decisions on every rank, since every rank has the same metrics.
+
+    Attributes:
+        falls: how often the schedule 'plateau' has lowered the learning rate.
+        ended: whether training is to end now.
+    """
+
+    def __init__(self, train: TrainSpec) -> None:
+        self.falls = 0
+        self.ended = False
+        schedule, stop = train.schedule, train.early_stop
+        self._watches: dict[str, Watch] = {}
+        if schedule.name == "plateau":
+            self._watches["train.schedule.metric"] = Watch(schedule.metric, schedule.goal, patience=schedule.patience)
+        if stop.patience is not None:
+            self._watches["train.early_stop.metric"] = Watch(
+                stop.metric, stop.goal, patience=stop.patience, min_delta=stop.min_delta
+            )
+
+    def take(self, metrics: Mapping[str, float]) -> None:
+        """Consider an evaluation.
+
+        Raises:
+            JobError: a metric that is watched is not among ``metrics``.
+        """
+        for where, watch in self._watches.items():
+            if watch.worn(metrics, where):
+                if where == "train.schedule.metric":
+                    self.falls += 1
+                else:
+                    self.ended = True
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON-able."""
+        return {"falls": self.falls, "watches": {where: watch.state() for where, watch in self._watches.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's; a watch that it does not know begins anew."""
+        self.falls = state.get("falls", 0)
+        for where, found in state.get("watches", {}).items():
+            if where in self._watches:
+                self._watches[where].load(found)
