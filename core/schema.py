@@ -237,7 +237,8 @@ def _count(metadata: Sequence[Any]) -> str:
 
 
 def _plural(annotation: Any) -> str:
-    return {int: "whole numbers", float: "numbers", str: "texts"}.get(annotation, "values")
+    inner = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return {int: "whole numbers", float: "numbers", str: "texts"}.get(inner, "values")
 
 
 def either(words: Sequence[str]) -> str:
