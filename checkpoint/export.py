@@ -14,10 +14,11 @@ from .reader import read_arrays
 from .shardfile import Item, header, order
 
 _PREFIX = "model."
+_AVERAGE = "ema."
 
 
 def export_weights(storage: Storage, manifest: Manifest, path: Path) -> str:
-    """Write the model's weights and buffers to ``path``, one tensor in memory at a time.
+    """Write the model's weights and buffers to ``path``, one tensor in memory at a time; averaged weights where kept.
 
     Names lose ``model.``, and the part's name too where there is only one part, so that the part's
     ``load_state_dict`` takes what ``safetensors.torch.load_file(path)`` gives. The file appears when it is complete.
@@ -59,4 +60,5 @@ def _exported_names(manifest: Manifest) -> dict[str, str]:
     parts = {name.partition(".")[0] for name in names.values()}
     if len(parts) == 1 and all("." in name for name in names.values()):
         names = {fqn: name.partition(".")[2] for fqn, name in names.items()}
-    return names
+    averaged = {fqn: _AVERAGE + fqn.removeprefix(_PREFIX) for fqn in names}
+    return {averaged[fqn] if averaged[fqn] in manifest.tensors else fqn: name for fqn, name in names.items()}

@@ -34,7 +34,7 @@ def check_job(
     per_node = job.resources.nproc_per_node
     if world is None and isinstance(per_node, int):
         world = job.resources.nodes * per_node
-    problems = [*_evaluation(job), *(_batch(job, world) if world is not None else ())]
+    problems = [*_evaluation(job), *_watching(job), *(_batch(job, world) if world is not None else ())]
     return [*check_references(job, place, recipes=recipes), *_placed(problems, place)]
 
 
@@ -114,6 +114,17 @@ def _batch(job: Job, world: int) -> Iterator[Problem]:
 def _evaluation(job: Job) -> Iterator[Problem]:
     if job.train.evaluate_every is not None and job.data.split.val == 0:
         yield Problem("there is nothing to evaluate on", "train.evaluate_every", "data.split.val is 0")
+
+
+def _watching(job: Job) -> Iterator[Problem]:
+    """What waits for evaluations that never come."""
+    if job.data.split.val > 0:
+        return
+    what, hint = "there is no validation part to watch a metric on", "data.split.val is 0"
+    if job.train.early_stop.patience is not None:
+        yield Problem(what, "train.early_stop.patience", hint)
+    if job.train.schedule.name == "plateau":
+        yield Problem(what, "train.schedule.name", hint)
 
 
 def _extras(job: Job) -> Iterator[Problem]:

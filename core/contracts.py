@@ -76,6 +76,15 @@ class Recipe(Protocol):
         return {}
 
 
+@runtime_checkable
+class DrawsSamples(Protocol):
+    """A recipe that shows what it has learnt as pictures."""
+
+    def samples(self, parts: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
+        """Images by name, to be shown as a grid: ``[n, 1 or 3 channels, height, width]`` floats of any range."""
+        ...
+
+
 class Source(Protocol):
     """Samples that can be fetched by index, several at a time."""
 
@@ -151,6 +160,10 @@ class Engine(ABC):
     @abstractmethod
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         """The recipe's metrics of a batch, one value per sample each; within :meth:`evaluating`."""
+
+    @abstractmethod
+    def samples(self) -> Mapping[str, Tensor]:
+        """What the recipe draws, if it draws; within :meth:`evaluating`."""
 
     @abstractmethod
     def state(self) -> ShardedState:

@@ -16,10 +16,13 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 from .parallel import Parallel
+from .schema import word_detail
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)\s*$")
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -135,6 +138,10 @@ class Optimizer(Spec):
         return self
 
 
+def _merged(common: Optimizer, own: dict[str, Any]) -> Optimizer:
+    return Optimizer.model_validate(common.model_dump() | own)
+
+
 class Schedule(Spec):
     name: Literal["constant", "cosine", "step", "one_cycle", "plateau"] = "cosine"
     """How the learning rate goes on after warm-up: stay; fall along half a cosine; be multiplied by 'factor' every
@@ -205,19 +212,20 @@ class TrainSpec(Spec):
     log_every: int = Field(default=1, gt=0)
     """Optimizer steps between rows in the metrics."""
 
-    @model_validator(mode="after")
-    def _parts_are_optimizers(self) -> Self:
-        for part in self.parts:
+    @field_validator("parts")
+    @classmethod
+    def _are_optimizers(cls, parts: dict[str, dict[str, Any]], info: ValidationInfo) -> dict[str, dict[str, Any]]:
+        common: Optimizer = info.data.get("optimizer", Optimizer())  # not there when it is wrong itself
+        for part, own in parts.items():
             try:
-                self.optimizer_of(part)
+                _merged(common, own)
             except ValidationError as error:
-                found = error.errors()[0]
-                raise ValueError(f"part '{part}': {'.'.join(map(str, found['loc']))}: {found['msg']}") from None
-        return self
+                raise ValueError(f"part '{part}': {word_detail(error.errors()[0])}") from None
+        return parts
 
     def optimizer_of(self, part: str) -> Optimizer:
         """The optimizer of a part: 'optimizer' with what 'parts' says of it."""
-        return Optimizer.model_validate(self.optimizer.model_dump() | self.parts.get(part, {}))
+        return _merged(self.optimizer, self.parts.get(part, {}))
 
 
 class CheckpointSpec(Spec):

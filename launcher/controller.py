@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from base64 import b64decode
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 from ..core.errors import DltrainError, Problem
 from ..core.job import RecoverySpec
 from ..core.rows import RowReducer
+from ..tracking.samples import keep
 from . import untyped
 from .cluster import Cluster, loss_of
 from .failure import Casualty, casualty_of, report_json, report_text
@@ -263,6 +265,8 @@ class Controller:
                 self._view.note(message["text"])
             case "settle":
                 self._settling = message["step"]
+            case "image":
+                keep(self._run.path, step=message["step"], name=message["name"], png=b64decode(message["png"]))
             case "saved":
                 self._last_words["saved"] = message["step"]
             case "end":

@@ -5,4 +5,5 @@ from __future__ import annotations
 #: name -> (module of this package, class)
 RECIPES = {
     "cnn": ("cnn", "CnnRecipe"),
+    "gan": ("gan", "GanRecipe"),
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.contracts import Batch, Engine, Recipe, Shard, ShardedState, StepResult
+from ..core.contracts import Batch, DrawsSamples, Engine, Recipe, Shard, ShardedState, StepResult
 from .ema import Ema
 
 #: Called with the phase that begins: "forward", "backward", "optimizer".
@@ -152,6 +152,12 @@ class TorchEngine(Engine):
         modules = {name: unwrapped(part.module) for name, part in self._parts.items()}
         with torch.inference_mode(), self._precision():
             return self._recipe.metrics(modules, batch)
+
+    def samples(self) -> Mapping[str, Tensor]:
+        if not isinstance(self._recipe, DrawsSamples):
+            return {}
+        with torch.inference_mode(), self._precision():
+            return self._recipe.samples({name: unwrapped(part.module) for name, part in self._parts.items()})
 
     def state(self) -> ShardedState:
         return {name: Shard(tuple(t.shape), (0,) * t.dim(), t) for name, t in self._tensors()}

@@ -262,7 +262,11 @@ def test_variables_reach_free_mappings_and_are_typed() -> None:
         ("train: {steps: {a: 1}}", "found the mapping {'a': 1}", ""),
         ("train: {microbatches: atuo}", "expected a whole number above 0 or 'auto'", "did you mean 'auto'?"),
         ("train: {last_step: 3}", "expected 'pad' or 'drop', found the number 3", ""),
-        ("train: {optimizer: {name: Adam}}", "expected 'sgd', 'adam', 'adamw', 'adafactor' or 'muon'", "did you mean 'adam'?"),
+        (
+            "train: {optimizer: {name: Adam}}",
+            "expected 'sgd', 'adam', 'adamw', 'adafactor' or 'muon'",
+            "did you mean 'adam'?",
+        ),
         ("train: {optimizer: {betas: [0.9]}}", "expected a list of 2 numbers, found the list [0.9]", ""),
         ("train: {optimizer: {betas: [0.9, x]}}", "expected a list of 2 numbers, found the list [0.9, 'x']", ""),
         ("data: {prefetch: null}", "expected a whole number of at least 0, found nothing (null)", ""),

@@ -6,16 +6,16 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write ``path`` through a temporary name in the same folder, fsynced and renamed.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write ``path`` (text as UTF-8) through a temporary name in the same folder, fsynced and renamed.
 
     Raises:
         OSError: it cannot be written; what was there before is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -11,6 +11,7 @@ from .chart import Series, draw, number
 from .files import write_whole
 from .journal import read_rows
 from .report_page import PALETTE, page
+from .samples import section
 
 _SPLITS = ("train", "val", "test")
 _FIRST = ("loss", "accuracy")
@@ -20,7 +21,7 @@ _MOST_CHARTS = 120
 
 
 def write_report(run_dir: str | Path, *, title: str, facts: Mapping[str, str]) -> Path:
-    """Write ``<run_dir>/report.html`` from the run's ``metrics.jsonl``; its path.
+    """Write ``<run_dir>/report.html`` from the run's ``metrics.jsonl`` and pictures; its path.
 
     Args:
         title: the page's headline.
@@ -31,7 +32,8 @@ def write_report(run_dir: str | Path, *, title: str, facts: Mapping[str, str]) -
     """
     folder = Path(run_dir)
     series = _read(folder / "metrics.jsonl")
-    body = f"<h1>{escape(title)}</h1>{_tiles(series)}{_charts(series.values())}{_facts(facts)}{_table(series.values())}"
+    curves = f"{_tiles(series)}{_charts(series.values())}{section(folder)}"
+    body = f"<h1>{escape(title)}</h1>{curves}{_facts(facts)}{_table(series.values())}"
     path = folder / "report.html"
     write_whole(path, page(title, body))
     return path

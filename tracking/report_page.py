@@ -59,6 +59,8 @@ td { overflow-wrap: anywhere; }
 .numbers td:first-child { min-width: 170px; }
 .numbers td:not(:first-child), .numbers th:not(:first-child) { text-align: right; white-space: nowrap; padding-right: 0;
   padding-left: 18px; }
+.samples { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); }
+.samples img { width: 100%; margin-top: 6px; image-rendering: pixelated; }
 .note { color: var(--dim); }
 COLORS
 @media print { body { max-width: none; } figure { break-inside: avoid; } .log-toggle + label { display: none; } }

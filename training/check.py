@@ -15,6 +15,7 @@ from ..core.errors import JobError, Problem
 from ..core.job import Job
 from ..data.sources import open_source
 from ..data.split import split
+from ..strategies.build import check_parts
 from . import recipes
 from .recipes import load_recipe
 
@@ -41,6 +42,7 @@ def _check_recipe(job: Job) -> None:
         raise JobError(Problem(f"{job.recipe} cannot be built\n{_users_traceback(error)}", "recipe")) from error
     if not parts:
         raise JobError(Problem(f"{job.recipe} has no parts to train", "recipe"))
+    check_parts(job, parts)
 
 
 def _build(job: Job) -> dict[str, nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,7 @@ from .agree import Agreement
 from .context import Context
 from .course import Course
 from .evaluate import evaluate
+from .images import grid, png
 from .recipes import load_recipe
 from .reporter import Reporter
 from .snapshot import Position, SaveFailed, Snapshots
@@ -64,7 +66,7 @@ class Trainer:
         self._evaluate_every = train.evaluate_every or math.ceil(len(self._parts["train"]) / train.global_batch)
         torch.manual_seed(derive(job.seed, "weights"))
         self._engine = build_engine(
-            job, load_recipe(job), world=world, device=device, reseed=self._reseed, mark=pulse.mark
+            job, load_recipe(job), world=world, device=device, reseed=partial(self._seed, "step"), mark=pulse.mark
         )
         self._snapshots = Snapshots(storage, job, rank=ctx.rank, world=world, reporter=reporter)
 
@@ -80,6 +82,7 @@ class Trainer:
         if finished:
             metrics = self._evaluate("val") | self._evaluate("test")
             self._reporter.annotate(metrics)
+            self._draw(done)
         if done > 0 and self._snapshots.newest != done:
             self._save(done, end)
         self._reporter.sync()
@@ -179,6 +182,7 @@ class Trainer:
             metrics = self._evaluate("val")
             self._reporter.annotate(metrics)
             self._course.take(metrics)
+            self._draw(done)
         every = self._job.checkpoint.every
         if every and done % every == 0 and done < self._plan.total_steps and not self._course.ended:
             try:
@@ -203,10 +207,24 @@ class Trainer:
             batch_size=64,
             normalizer=self._normalizer,
         )
-        moved = ((_to(batch, self._device), count) for batch, count in batches)
+
+        def seeded() -> Iterator[tuple[Batch, int]]:
+            for batch, count in batches:
+                self._seed("evaluate", batch.index)  # for metrics that draw
+                yield _to(batch, self._device), count
+
         with self._engine.evaluating():
-            found = evaluate(self._engine, moved, world=self._data_ranks)
+            found = evaluate(self._engine, seeded(), world=self._data_ranks)
         return {f"{part}/{name}": value for name, value in found.items()}
+
+    def _draw(self, done: int) -> None:
+        """Show what the recipe draws after ``done`` steps: of the same random numbers every time."""
+        self._seed("samples")
+        with self._engine.evaluating():
+            drawn = self._engine.samples()
+        if self._ctx.rank == 0:
+            for name, images in drawn.items():
+                self._reporter.image(done, name, png(grid(images)))
 
     def _save(self, done: int, end: int) -> None:
         """Write a checkpoint after ``done`` steps of ``end``."""
@@ -218,8 +236,8 @@ class Trainer:
         position = Position(done, self._plan.samples_before(done), end, extra)
         self._snapshots.save(self._engine, position, self._tracking)
 
-    def _reseed(self, step: int, microbatch: int, part: int) -> None:
-        key = derive(self._job.seed, "step", step, microbatch, part)
+    def _seed(self, purpose: str, *words: int) -> None:
+        key = derive(self._job.seed, purpose, *words)
         torch.default_generator.manual_seed(key)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(key)

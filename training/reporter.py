@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import time
 from abc import ABC, abstractmethod
+from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from ..core.rows import Row, RowReducer
 from ..core.wire import Channel
 from ..tracking.journal import Journal
+from ..tracking.samples import keep
 
 
 class Reporter(ABC):
@@ -54,6 +56,10 @@ class Reporter(ABC):
     @abstractmethod
     def send(self, kind: str, **data: Any) -> None:
         """Tell of an event at once."""
+
+    @abstractmethod
+    def image(self, step: int, name: str, png: bytes) -> None:
+        """Show a picture, drawn after ``step`` completed steps. For rank 0."""
 
     @abstractmethod
     def close(self, timeout: float) -> None:
@@ -98,6 +104,9 @@ class ChannelReporter(Reporter):
                 return True
         return False
 
+    def image(self, step: int, name: str, png: bytes) -> None:
+        self.send("image", step=step, name=name, png=b64encode(png).decode())
+
     def send(self, kind: str, **data: Any) -> None:
         self._channel.send({"t": kind, **data})
 
@@ -111,7 +120,7 @@ class StandaloneReporter(Reporter):
 
     def __init__(self, *, rank: int, world: int, run_dir: Path) -> None:
         super().__init__()
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._run_dir = rank, world, run_dir
         self._reducer = RowReducer(world)
         self._journal = Journal(run_dir / "metrics.jsonl", on_message=self._print) if rank == 0 else None
         self._printed = 0.0
@@ -135,6 +144,10 @@ class StandaloneReporter(Reporter):
 
     def settle(self, timeout: float) -> bool:
         return self._journal is None or self._journal.flush()
+
+    def image(self, step: int, name: str, png: bytes) -> None:
+        if self._rank == 0:
+            keep(self._run_dir, step=step, name=name, png=png)
 
     def send(self, kind: str, **data: Any) -> None:
         if self._rank == 0 and kind in ("note", "saved", "end"):
