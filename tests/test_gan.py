@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import logsigmoid
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 SEED, BATCH, MICROBATCHES, STEPS, RATE, LATENT = 5, 32, 4, 25, 1e-3, 8
 JOB = (
     *("recipe=gan", f"seed={SEED}", f"train.global_batch={BATCH}", f"train.microbatches={MICROBATCHES}"),
@@ -128,6 +129,9 @@ def test_a_launch_shows_samples_on_its_report(sandbox: Sandbox) -> None:
     assert page.count('src="data:image/png;base64,') == 4
     assert "generator after step 20" in page
     assert "test/energy_distance" in done.stdout
+    scored = sandbox.run(str(EXAMPLES / "gan_score.py"), str(run), command="python")
+    assert scored.returncode == 0, scored.stderr
+    assert [line.split(":")[0] for line in scored.stdout.splitlines()] == ["real", "made"]
 
 
 def test_rows_of_numbers_have_a_gan_too(tmp_path: Path) -> None:
