@@ -1,0 +1,95 @@
+"""Every built-in model under every strategy against a plain loop: the cells, and one cell's measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from dltrain.checkpoint.reader import catalogue, open_manifest, read
+from dltrain.core.config import load_job
+from dltrain.core.storage import Storage
+from plain import Trained, train_plainly
+from ranks import train_ranks
+from torch import Tensor
+
+_COMMON = (
+    *("seed=3", "train.steps=24", "train.global_batch=24", "train.microbatches=4", "train.optimizer.lr=0.003"),
+    *("train.optimizer.weight_decay=0.1", "train.schedule.warmup_steps=4", "train.clip_norm=1.0"),
+    *("data.split.train=0.9", "data.split.val=0", "data.split.test=0.1"),
+)
+JOBS: dict[str, tuple[str, ...]] = {
+    "cnn": ("recipe=cnn", "model.widths=[8, 16]", "model.hidden=24", "model.dropout=0.2"),
+    "gan": ("recipe=gan", "model.width=16", "model.latent=8"),
+    "gan, wasserstein": ("recipe=gan", "model.width=16", "model.latent=8", "model.loss=wasserstein"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to spread a job.
+
+    Attributes:
+        name: as the table shows it.
+        ranks: the number of processes.
+        parallel: the job's overrides.
+    """
+
+    name: str
+    ranks: int
+    parallel: tuple[str, ...] = ()
+
+
+CELLS = (
+    Cell("one process", 1),
+    Cell("ddp × 2", 2),
+    Cell("ddp × 4", 4),
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest differences from the plain loop: of losses and gradient norms (relative), and of final weights."""
+
+    loss: float
+    norm: float
+    weight: float
+
+
+@cache
+def reference(job: str) -> Trained:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train_plainly(load_job(None, (*_COMMON, *JOBS[job]), {}, {}).job)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def measure(job: str, cell: Cell, folder: Path) -> Difference:
+    """Train ``job`` as ``cell`` says, in ``folder``, and compare every step with the plain loop."""
+    run = train_ranks(folder, cell.ranks, *_COMMON, *JOBS[job], *cell.parallel)
+    expected = reference(job)
+    alone = len(expected.losses) == 1
+    rows = run.rows()
+    assert len(rows) == len(next(iter(expected.losses.values())))
+
+    def worst(figures: dict[str, list[float]], name: str) -> float:
+        return max(
+            abs(row[f"train/{name}" if alone else f"train/{part}/{name}"] - value) / max(abs(value), 1e-2)
+            for part, values in figures.items()
+            for row, value in zip(rows, values, strict=True)
+        )
+
+    weights = _weights(run.path)
+    assert weights.keys() == expected.weights.keys()
+    apart = max(float((weights[name] - value).abs().max()) for name, value in expected.weights.items())
+    return Difference(worst(expected.losses, "loss"), worst(expected.norms, "grad_norm"), apart)
+
+
+def _weights(run: Path) -> dict[str, Tensor]:
+    storage = Storage(str(run / "checkpoints"))
+    found: dict[str, Any] = read(storage, open_manifest(storage, catalogue(storage)[0].step))
+    return {name.removeprefix("model."): value for name, value in found.items() if name.startswith("model.")}

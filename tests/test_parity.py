@@ -1,0 +1,20 @@
+"""Every built-in model under every way to spread it: the numbers of one plain process. docs/parity.md has them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from parity import CELLS, JOBS, Cell, measure
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    "cell",
+    [pytest.param(cell, id=cell.name, marks=[pytest.mark.slow] if cell.ranks > 2 else []) for cell in CELLS],
+)
+def test_a_spread_job_computes_what_one_plain_process_does(job: str, cell: Cell, tmp_path: Path) -> None:
+    apart = measure(job, cell, tmp_path)
+    assert apart.loss < 1e-5
+    assert apart.norm < 1e-4
+    assert apart.weight < 1e-4
