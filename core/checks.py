@@ -14,7 +14,7 @@ from .job import Job
 from .parallel import microbatches_per_step
 from .suggest import nearest, similar_files
 
-_BUILT_IN_SOURCES = ("digits",)
+_BUILT_IN_SOURCES = ("digits", "digits_scan", "iris", "wine", "breast_cancer", "diabetes", "stdlib_text")
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 
 
@@ -71,7 +71,8 @@ def _source(job: Job) -> Iterator[Problem]:
         yield from _object(source, where)
     else:
         near = nearest(source, _BUILT_IN_SOURCES)
-        hint = f"did you mean '{near}'?" if near else "expected 'digits', an .npz file or URL, or 'module:function'"
+        names = ", ".join(f"'{name}'" for name in _BUILT_IN_SOURCES)
+        hint = f"did you mean '{near}'?" if near else f"expected {names}, an .npz file or URL, or 'module:function'"
         yield Problem(f"no data source '{source}'", where, hint)
 
 

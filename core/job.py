@@ -89,14 +89,17 @@ class Split(Spec):
 
 class DataSpec(Spec):
     source: str = "digits"
-    """Where samples come from: 'digits' (scikit-learn's handwritten digits), the path or URL of an .npz file
-    with one array per batch key (at least 'x' and 'y'), or 'module:function' that returns a map-style dataset."""
+    """Where samples come from: a built-in data set ('digits', 'digits_scan', 'iris', 'wine', 'breast_cancer',
+    'diabetes', 'stdlib_text'), the path or URL of an .npz file with one array per batch key (at least 'x' and 'y'), or
+    'module:function' that returns a map-style dataset."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments for a 'module:function' source, or storage options for a URL, without credentials."""
+    """Options of a built-in data set, keyword arguments for a 'module:function' source, or storage options for a URL,
+    without credentials."""
     split: Split = Field(default_factory=Split)
     """How samples are dealt to training, validation and test: by a keyed hash of the sample's index."""
     normalize: bool = True
-    """Scale floating-point inputs 'x' to zero mean and unit variance, both computed on the training part only."""
+    """Scale floating-point inputs 'x' to zero mean and unit variance, both computed on the training part only: each
+    feature of a table (two axes) on its own, everything else by one figure for all."""
     prefetch: int = Field(default=2, ge=0)
     """Microbatches prepared ahead of the step by a background thread; 0 prepares them in the step, as is always done
     with small batches from memory and with data sets that draw random numbers."""
@@ -295,7 +298,7 @@ class Job(Spec):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Root of all randomness: initial weights, sample order, dropout."""
     recipe: str = "cnn"
-    """The model and how to train it: 'cnn', or your own as 'my_pkg.my_module:MyRecipe'."""
+    """The model and how to train it: 'cnn', 'mlp', 'rnn', 'transformer', or your own as 'my_pkg.my_module:MyRecipe'."""
     model: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the recipe, by name."""
     data: DataSpec = Field(default_factory=DataSpec)

@@ -1,8 +1,7 @@
-"""Where samples come from: scikit-learn's digits, an ``.npz`` file, or the user's own data set."""
+"""Where samples come from: a built-in data set, an ``.npz`` file, or the user's own data set."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import io
 import zipfile
@@ -22,6 +21,7 @@ from ..core.importing import load_object
 from ..core.job import DataSpec
 from ..core.storage import Storage
 from ..core.suggest import similar_files
+from .builtin import BUILT_IN, open_builtin
 
 _WHERE = "data.source"
 
@@ -95,36 +95,19 @@ def open_source(spec: DataSpec) -> Source:
     Raises:
         JobError: the source is unknown, missing, unreadable, or gives something that cannot be trained on.
     """
-    if spec.source == "digits":
-        _refuse_options(spec)
-        return _digits()
+    if spec.source in BUILT_IN:
+        return _as_source(open_builtin(spec))
     if spec.source.endswith(".npz"):
         return _npz(spec)
     if ":" in spec.source and "://" not in spec.source:
         return _as_source(_call(load_object(spec.source, _WHERE), spec))
-    hint = did_you_mean(spec.source, ["digits"])
+    hint = did_you_mean(spec.source, BUILT_IN)
     raise _wrong(f"no data source '{spec.source}'", f"{hint}; or the path of an .npz file, or 'module:function'")
 
 
 def _refuse_options(spec: DataSpec) -> None:
     if spec.options:
         raise JobError(Problem(f"'{spec.source}' takes no options, not '{next(iter(spec.options))}'", "data.options"))
-
-
-def _digits() -> ArraySource:
-    """The 1,797 handwritten digits: x float32 [1797, 1, 8, 8] in 0..16, y int64.
-
-    Read from the file inside scikit-learn's package, because importing ``sklearn.datasets`` takes a second per rank.
-    """
-    found = importlib.util.find_spec("sklearn")
-    if found is None or found.origin is None:
-        raise _wrong("'digits' needs scikit-learn, which is not installed", "pip install scikit-learn")
-    file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
-    try:
-        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
-    except (OSError, ValueError) as error:
-        raise _wrong(f"scikit-learn's digits cannot be read: {error}", "reinstall scikit-learn") from error
-    return ArraySource({"x": table[:, :64].reshape(-1, 1, 8, 8), "y": table[:, 64].astype(np.int64)})
 
 
 def _npz(spec: DataSpec) -> ArraySource:

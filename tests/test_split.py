@@ -85,9 +85,12 @@ def test_subset() -> None:
 @settings(max_examples=40, deadline=None)
 def test_fit_is_the_exact_mean_and_deviation(n: int, mean: float, scale: float, seed: int) -> None:
     x = np.random.default_rng(seed).normal(mean, scale, size=(n, 3))
-    fitted = Normalizer.fit(ArraySource({"x": x}), range(n))
+    fitted = Normalizer.fit(ArraySource({"x": x[:, None]}), range(n))
     assert fitted.mean == pytest.approx(x.mean(), rel=1e-12, abs=1e-12)
     assert fitted.std == pytest.approx(x.std(), rel=1e-9)
+    by_feature = Normalizer.fit(ArraySource({"x": x}), range(n))
+    assert by_feature.mean == pytest.approx(x.mean(0), rel=1e-12, abs=1e-12)
+    assert by_feature.std == pytest.approx([s if s > 0 else 1.0 for s in x.std(0)], rel=1e-9)
 
 
 def test_only_the_given_samples_count() -> None:
@@ -119,8 +122,27 @@ def test_apply_gives_zero_mean_and_unit_variance_and_leaves_the_rest_alone() -> 
 def test_a_constant_input_becomes_zero(value: float) -> None:
     source = ArraySource({"x": np.full((5000, 3), value, dtype=np.float32)})
     fitted = Normalizer.fit(source, range(5000))
-    assert fitted.std == 1.0
+    assert fitted.std == (1.0, 1.0, 1.0)
     assert not fitted.apply(source.fetch(np.arange(10)))["x"].any()
+    of_all = Normalizer.fit(ArraySource({"x": source.arrays["x"][:, :, None]}), range(5000))
+    assert of_all.std == 1.0
+
+
+def test_each_feature_of_a_table_is_scaled_on_its_own() -> None:
+    table = np.random.default_rng(2).normal([0, 5, -3e4], [1e-3, 1, 1e5], size=(9000, 3)).astype(np.float32)
+    source = ArraySource({"x": table})
+    got = Normalizer.fit(source, range(9000)).apply(source.fetch(np.arange(9000)))["x"].double()
+    assert got.mean(0).abs().max() < 1e-5
+    assert (got.std(0, correction=0) - 1).abs().max() < 1e-5
+    halves = Normalizer.fit(source, range(9000)).apply({"x": torch.from_numpy(table).bfloat16()})["x"]
+    assert halves.dtype == torch.bfloat16
+    assert (halves.double() - got).abs().max() < 0.1
+
+
+def test_a_table_of_other_features_is_refused() -> None:
+    fitted = Normalizer.fit(ArraySource({"x": np.zeros((5, 3))}), range(5))
+    with pytest.raises(JobError, match=r"\[5, 4\] is no table of the 3 features"):
+        fitted.apply({"x": torch.zeros(5, 4)})
 
 
 def test_other_inputs_are_left_alone() -> None:
@@ -142,8 +164,13 @@ def test_half_precision_keeps_its_dtype() -> None:
 
 
 def test_the_state_survives_json_to_the_bit() -> None:
-    fitted = Normalizer.fit(open_source(DataSpec()), range(0, 1797, 2))
-    assert Normalizer.from_state(json.loads(json.dumps(fitted.state()))) == fitted
+    for name in ("digits", "wine"):
+        source = open_source(DataSpec(source=name))
+        fitted = Normalizer.fit(source, range(0, len(source), 2))
+        again = Normalizer.from_state(json.loads(json.dumps(fitted.state())))
+        assert again == fitted
+        fields = source.fetch(np.arange(10))
+        assert torch.equal(again.apply(fields)["x"], fitted.apply(fields)["x"])
 
 
 def test_every_process_fits_the_same_bits_whatever_its_threads() -> None:
