@@ -6,4 +6,7 @@ from __future__ import annotations
 RECIPES = {
     "cnn": ("cnn", "CnnRecipe"),
     "gan": ("gan", "GanRecipe"),
+    "mlp": ("mlp", "MlpRecipe"),
+    "rnn": ("rnn", "RnnRecipe"),
+    "transformer": ("transformer", "TransformerRecipe"),
 }
