@@ -49,15 +49,18 @@ class TokenWindows:
     """Windows of a text: 'x' int64 ``[n, length]``, 'y' the tokens one further on.
 
     Args:
-        tokens: the text, one axis, unsigned integers of any size.
+        text: the text that the tokens spell.
+        tokens: unsigned integers of any size, one axis.
         starts: where each window begins, int64.
         length: tokens in 'x'.
         ends: where each token ends in the text, in bytes. With it there is a field 'bytes' int64 ``[n]``: the bytes
             that the targets stand for. Without it tokens are bytes.
     """
 
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, length: int, *, ends: np.ndarray | None = None) -> None:
-        self._tokens, self._starts, self._length, self._ends = tokens, starts, length, ends
+    def __init__(
+        self, text: bytes, tokens: np.ndarray, starts: np.ndarray, length: int, *, ends: np.ndarray | None = None
+    ) -> None:
+        self._text, self._tokens, self._starts, self._length, self._ends = text, tokens, starts, length, ends
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -69,6 +72,13 @@ class TokenWindows:
         if self._ends is not None:
             fields["bytes"] = torch.from_numpy(self._ends[starts + self._length] - self._ends[starts])
         return fields
+
+    def spell(self, index: int) -> bytes:
+        """The text that the targets of sample ``index`` stand for."""
+        first, last = int(self._starts[index]), int(self._starts[index]) + self._length
+        if self._ends is None:
+            return self._text[first + 1 : last + 1]
+        return self._text[self._ends[first] : self._ends[last]]
 
 
 def stdlib_text(options: TextOptions, split: Split) -> TokenWindows:
@@ -83,7 +93,7 @@ def stdlib_text(options: TextOptions, split: Split) -> TokenWindows:
         tokens = np.frombuffer(text, dtype=np.uint8)
         starts = _starts(len(tokens), options.length, stride)
         _refuse_none(len(starts), options.length)
-        return TokenWindows(tokens, starts, options.length)
+        return TokenWindows(text, tokens, starts, options.length)
     return _bpe_windows(text, options, stride, split)
 
 
@@ -123,7 +133,7 @@ def _bpe_windows(text: bytes, options: TextOptions, stride: int, split: Split) -
     parts = {name: [blocks[i] for i in indices] for name, indices in split_indices(len(blocks), split).items()}
     tokenizer = _learn(parts["train"], options.vocab)
     texts = {name: _encode(tokenizer, part) for name, part in parts.items()}
-    found = {name: _starts(len(ids), options.length, stride) for name, (ids, _) in texts.items()}
+    found = {name: _starts(len(ids), options.length, stride) for name, ids in texts.items()}
     total = sum(map(len, found.values()))
     _refuse_none(len(found["train"]), options.length)
     places = {name: np.asarray(indices) for name, indices in split_indices(total, split).items()}
@@ -132,13 +142,14 @@ def _bpe_windows(text: bytes, options: TextOptions, stride: int, split: Split) -
     _refuse_none(count, options.length)
     starts = np.zeros(count, dtype=np.int64)
     offset = 0
-    for name, (ids, _) in texts.items():
+    for name, ids in texts.items():
         mine = places[name][places[name] < count]
         starts[mine] = found[name][: len(mine)] + offset
         offset += len(ids)
-    tokens = np.concatenate([ids for ids, _ in texts.values()])
-    ends = np.cumsum(np.concatenate([sizes for _, sizes in texts.values()]), dtype=np.int64)
-    return TokenWindows(tokens, starts, options.length, ends=ends)
+    tokens = np.concatenate(list(texts.values()))
+    ends = np.cumsum(_sizes(tokenizer)[tokens])
+    spelt = "".join(block for part in parts.values() for block in part).encode("latin-1")
+    return TokenWindows(spelt, tokens, starts, options.length, ends=ends)
 
 
 def _learn(texts: Sequence[str], vocab: int) -> Any:
@@ -157,10 +168,19 @@ def _learn(texts: Sequence[str], vocab: int) -> Any:
     return tokenizer
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all ``texts`` one after the other, and how many characters (here: bytes) each stands for."""
-    encoded = tokenizer.encode_batch(texts)
-    ids = [np.asarray(each.ids, dtype=np.uint32) for each in encoded]
-    sizes = [np.diff(np.asarray(each.offsets, dtype=np.int64)[:, 1], prepend=0) for each in encoded]
-    none = np.zeros(0, dtype=np.uint32)
-    return np.concatenate([none, *ids]), np.concatenate([none.astype(np.int64), *sizes])
+def _encode(tokenizer: Any, texts: Sequence[str]) -> np.ndarray:
+    """The tokens of all ``texts``, one after the other."""
+    ids = [np.asarray(each.ids, dtype=np.uint32) for each in tokenizer.encode_batch_fast(texts)]
+    return np.concatenate([np.zeros(0, dtype=np.uint32), *ids])
+
+
+def _sizes(tokenizer: Any) -> np.ndarray:
+    """How many characters (here: bytes) each token stands for, int64.
+
+    The tokenizer writes a character in UTF-8, and every byte of that as a letter of its alphabet. A character belongs
+    to the token that holds its first byte, so the second ones do not count.
+    """
+    spell = tokenizer.pre_tokenizer.pre_tokenize_str
+    second = {spell(chr(code))[0][0][1] for code in range(128, 256)}
+    tokens = (tokenizer.id_to_token(index) for index in range(tokenizer.get_vocab_size()))
+    return np.asarray([sum(letter not in second for letter in token) for token in tokens], dtype=np.int64)
