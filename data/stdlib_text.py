@@ -29,8 +29,8 @@ class TextOptions(Spec):
     length: int = Field(256, gt=0)
     """Tokens in 'x', and in 'y', which is one token further on."""
     stride: int | None = Field(None, gt=0)
-    """Tokens from one window's begin to the next; the default, and the least, is length. So windows share no target,
-    and no text that a test sample has to predict is ever trained on."""
+    """Tokens from one window's begin to the next; the default, and the least, is length. So no text that a test sample
+    has to predict is a target in training."""
     tokenizer: Literal["bytes", "bpe"] = "bytes"
     """'bytes': 256 tokens. 'bpe': byte pairs merged (needs the 'text' extra), learned from the training part alone."""
     vocab: int = Field(1024, gt=256)

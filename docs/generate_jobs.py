@@ -1,4 +1,4 @@
-"""Write the tables of docs/jobs.md from the job's schema and the built-in recipes' arguments.
+"""Write the tables of docs/jobs.md from the job's schema, the built-in recipes' arguments and the built-in data.
 
 python docs/generate_jobs.py            write them
 python docs/generate_jobs.py --check    exit with 1 if they are not up to date
@@ -16,6 +16,7 @@ from pathlib import Path
 from dltrain.cli.config import yaml_value
 from dltrain.core.job import Job
 from dltrain.core.schema import expected, section_of
+from dltrain.data.builtin import BUILT_IN
 from dltrain.models.registry import RECIPES
 from pydantic import BaseModel, PlainValidator
 from pydantic.fields import FieldInfo
@@ -25,12 +26,19 @@ BEGIN, END = "<!-- tables: python docs/generate_jobs.py -->\n", "<!-- end of the
 
 
 def tables() -> Iterator[str]:
-    """The lines of the tables: one per section of the job, then one per built-in recipe."""
+    """The lines of the tables: one per section of the job, one per built-in recipe, and the built-in data."""
     yield from section(Job, "")
     for recipe, (module, attribute) in RECIPES.items():
         config: type[BaseModel] = getattr(importlib.import_module(f"dltrain.models.{module}"), attribute).Config
         yield from (f"### `model` of the recipe `{recipe}`", "", words(config.__doc__), "")
         yield from table(config)
+    yield from ("### Built-in data", "", "| `data.source` | what it is |", "|---|---|")
+    yield from (f"| `{name}` | {cell(source.what)} |" for name, source in BUILT_IN.items())
+    yield ""
+    for name, source in BUILT_IN.items():
+        if source.options.model_fields:
+            yield from (f"### `data.options` of `{name}`", "")
+            yield from table(source.options)
 
 
 def section(model: type[BaseModel], prefix: str) -> Iterator[str]:
