@@ -1,4 +1,4 @@
-"""What recipes share about their inputs."""
+"""What recipes share about their inputs and arguments."""
 
 from __future__ import annotations
 

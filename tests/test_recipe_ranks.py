@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dltrain.core.job import Job
 from dltrain.models.registry import RECIPES
 from ranks import train_ranks
 from safetensors.torch import load_file
@@ -56,8 +57,9 @@ def test_two_ranks_compute_what_one_does(name: str, tmp_path: Path) -> None:
     assert len(set(one)) == 9
 
 
-def test_every_recipe_is_among_them() -> None:
+def test_every_recipe_is_among_them_and_named_in_the_schema() -> None:
     assert {name.split()[0] for name in JOBS} == set(RECIPES)
+    assert all(f"'{name}'" in (Job.model_fields["recipe"].description or "") for name in RECIPES)
 
 
 def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path: Path) -> None:
