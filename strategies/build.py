@@ -13,8 +13,9 @@ from ..core.errors import JobError, Problem, did_you_mean
 from ..core.job import Job
 from .ema import Ema
 from .optimizers import build_optimizers
+from .passes import Mark, Passes, Precision, Reseed
 from .recompute import recompute
-from .torch_engine import Mark, Precision, Reseed, TorchEngine, Trained
+from .torch_engine import TorchEngine, Trained
 
 
 def build_engine(job: Job, recipe: Recipe, *, world: int, device: torch.device, reseed: Reseed, mark: Mark) -> Engine:
@@ -37,16 +38,9 @@ def build_engine(job: Job, recipe: Recipe, *, world: int, device: torch.device, 
         wrapped = _ddp(module, device, job.parallel.bucket_mb) if axes["data"] > 1 else module
         spec = job.train.optimizer_of(name)
         parts[name] = Trained(wrapped, build_optimizers(module, spec), spec.every)
-    return TorchEngine(
-        recipe,
-        parts,
-        data_ranks=axes["data"],
-        clip_norm=job.train.clip_norm,
-        ema=Ema(modules, job.train.ema) if job.train.ema is not None else None,
-        precision=_precision(job, device),
-        reseed=reseed,
-        mark=mark,
-    )
+    passes = Passes(recipe, axes["data"], _precision(job, device), reseed, mark)
+    ema = Ema(modules, job.train.ema) if job.train.ema is not None else None
+    return TorchEngine(passes, parts, clip_norm=job.train.clip_norm, ema=ema)
 
 
 def check_parts(job: Job, modules: dict[str, nn.Module]) -> None:

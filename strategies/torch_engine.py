@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,15 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.contracts import Batch, DrawsSamples, Engine, Recipe, Shard, ShardedState, StepResult
+from ..core.contracts import Batch, DrawsSamples, Engine, Shard, ShardedState, StepResult
 from .ema import Ema
-
-#: Called with the phase that begins: "forward", "backward", "optimizer".
-Mark = Callable[[str], None]
-#: Called before each forward with (step, microbatch, number of the part); seeds all randomness.
-Reseed = Callable[[int, int, int], None]
-#: Makes the context for one forward pass.
-Precision = Callable[[], contextlib.AbstractContextManager[object]]
+from .passes import Passes, others_frozen
 
 
 @dataclass(frozen=True)
@@ -38,36 +32,19 @@ class Trained:
 
 
 class TorchEngine(Engine):
-    """Trains a recipe's parts one after the other, each with optimizers of its own.
-
-    Gradients of a step are the mean over the step's samples, whichever rank computed them: each microbatch's mean loss
-    is scaled by its weight (and by the number of ranks, since DDP averages over them).
-    """
+    """Trains a recipe's parts one after the other, each with optimizers of its own."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        parts: Mapping[str, Trained],
-        *,
-        data_ranks: int,
-        clip_norm: float | None,
-        ema: Ema | None,
-        precision: Precision,
-        reseed: Reseed,
-        mark: Mark,
+        self, passes: Passes, parts: Mapping[str, Trained], *, clip_norm: float | None, ema: Ema | None
     ) -> None:
         self.parts = tuple(parts)
-        self._recipe = recipe
+        self._passes = passes
         self._parts = dict(parts)
         self._groups = [
             (group, group["lr"]) for part in parts.values() for opt in part.optimizers for group in opt.param_groups
         ]
-        self._data_ranks = data_ranks
         self._clip_norm = clip_norm
         self._ema = ema
-        self._precision = precision
-        self._reseed = reseed
-        self._mark = mark
 
     def step(self, microbatches: Sequence[Batch], rate: float) -> StepResult:
         step = microbatches[0].step
@@ -80,9 +57,9 @@ class TorchEngine(Engine):
                 continue
             for optimizer in part.optimizers:
                 optimizer.zero_grad(set_to_none=True)
-            with self._others_frozen(name):
+            with others_frozen({other: part.module for other, part in self._parts.items()}, name):
                 losses[name] = self._accumulate(name, microbatches)
-            self._mark("optimizer")
+            self._passes.mark("optimizer")
             if self._clip_norm is not None:
                 norms[name] = nn.utils.clip_grad_norm_(part.module.parameters(), self._clip_norm)
             for optimizer in part.optimizers:
@@ -91,24 +68,6 @@ class TorchEngine(Engine):
             self._ema.update(step)
         return StepResult(losses, norms)
 
-    @contextlib.contextmanager
-    def _others_frozen(self, name: str) -> Generator[None]:
-        """No gradient is computed for the weights of the parts that only help to train ``name``."""
-        others = [
-            parameter
-            for other, part in self._parts.items()
-            if other != name
-            for parameter in part.module.parameters()
-            if parameter.requires_grad
-        ]
-        for parameter in others:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in others:
-                parameter.requires_grad_(True)
-
     def _accumulate(self, name: str, microbatches: Sequence[Batch]) -> Tensor:
         """Forward and backward over all microbatches; this rank's share of the step's mean loss."""
         module = self._parts[name].module
@@ -116,16 +75,8 @@ class TorchEngine(Engine):
         modules = {other: unwrapped(part.module) for other, part in self._parts.items()} | {name: module}
         total: Tensor | None = None
         for batch in microbatches:
-            last = batch is microbatches[-1]
-            self._reseed(batch.step, batch.index, self.parts.index(name))
-            with _reduction(module, last):
-                self._mark("forward")
-                with self._precision():
-                    loss = self._recipe.loss(name, modules, batch)
-                self._mark("backward")
-                scale = batch.weight * self._data_ranks
-                loss.backward(None if scale == 1 else torch.full_like(loss, scale))
-            share = loss.detach().float() * batch.weight
+            with _reduction(module, last=batch is microbatches[-1]):
+                share = self._passes.run(name, self.parts.index(name), modules, batch, _backward)
             total = share if total is None else total + share
         assert total is not None, "a rank without microbatches"
         return total
@@ -150,14 +101,15 @@ class TorchEngine(Engine):
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         modules = {name: unwrapped(part.module) for name, part in self._parts.items()}
-        with torch.inference_mode(), self._precision():
-            return self._recipe.metrics(modules, batch)
+        with torch.inference_mode(), self._passes.precision():
+            return self._passes.recipe.metrics(modules, batch)
 
     def samples(self) -> Mapping[str, Tensor]:
-        if not isinstance(self._recipe, DrawsSamples):
+        recipe = self._passes.recipe
+        if not isinstance(recipe, DrawsSamples):
             return {}
-        with torch.inference_mode(), self._precision():
-            return self._recipe.samples({name: unwrapped(part.module) for name, part in self._parts.items()})
+        with torch.inference_mode(), self._passes.precision():
+            return recipe.samples({name: unwrapped(part.module) for name, part in self._parts.items()})
 
     def state(self) -> ShardedState:
         return {name: Shard(tuple(t.shape), (0,) * t.dim(), t) for name, t in self._tensors()}
@@ -192,7 +144,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return cast(nn.Module, module.module) if isinstance(module, DistributedDataParallel) else module
 
 
-def _reduction(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:
+def _backward(loss: Tensor, scale: float) -> None:
+    loss.backward(None if scale == 1 else torch.full_like(loss, scale))
+
+
+def _reduction(module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[object]:
     """Gradients are reduced in the backward of a step's last microbatch only."""
     if isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()
