@@ -60,8 +60,9 @@ def held(shards: ShardedState) -> list[PieceKey]:
             dtype = code(shard.data.dtype)
         except TypeError as error:
             raise TypeError(f"{fqn}: {error}") from None
-        shape = tuple(shard.data.shape)
-        keys.append(PieceKey(fqn, tuple(shard.offset), shape, dtype, nbytes(dtype, shape)))
+        for box in shard.boxes():
+            shape = tuple(box.data.shape)
+            keys.append(PieceKey(fqn, tuple(box.offset), shape, dtype, nbytes(dtype, shape)))
     return keys
 
 
@@ -200,7 +201,8 @@ def _stream(
     begin = len(start)
     for key in keys:
         shard = shards[key.fqn]
-        data, done = to_bytes(shard.data), 0
+        box = next(box for box in shard.boxes() if tuple(box.offset) == key.offset)
+        data, done = to_bytes(box.data), 0
         for offset, shape in _cut(key.offset, key.shape, ITEMSIZE[key.dtype]):
             size = nbytes(key.dtype, shape)
             block, done = data[done : done + size], done + size

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from .runs import Box, box_around_run, boxes_of_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,11 +112,54 @@ class Shard:
     offset: tuple[int, ...]
     data: Tensor
 
+    def boxes(self) -> Iterator[Shard]:
+        """The piece as boxes of the tensor: itself."""
+        yield self
+
+    def bounds(self) -> Box:
+        """The box of the tensor that this piece is read from: its own."""
+        return self.offset, tuple(self.data.shape)
+
+
+@dataclass(frozen=True)
+class Run:
+    """This rank's piece of a tensor where it is a run of consecutive elements, row-major: a cut of a flat buffer.
+
+    Attributes:
+        shape: shape of the whole tensor.
+        start: index of the first element in the flattened tensor.
+        data: the elements, of shape ``[n]``; none where this rank holds nothing of the tensor.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    data: Tensor
+
+    def boxes(self) -> Iterator[Shard]:
+        """The run as boxes of the tensor, whose data are views of its own; they tile it."""
+        done = 0
+        for offset, extents in boxes_of_run(self.shape, self.start, self.start + self.data.numel()):
+            size = prod(extents)
+            yield Shard(self.shape, offset, self.data[done : done + size].view(extents))
+            done += size
+
+    def bounds(self) -> Box:
+        """The box of the tensor that the run is read from; it may hold more than the run."""
+        return box_around_run(self.shape, self.start, self.start + self.data.numel())
+
+    def within(self, box: Tensor) -> Tensor:
+        """The run's elements, of shape ``[n]``, out of the tensor's :meth:`bounds`."""
+        offset, extents = self.bounds()
+        strides = [prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
+        skipped = self.start - sum(index * stride for index, stride in zip(offset, strides, strict=True))
+        assert tuple(box.shape) == extents, f"a box of {extents}, not {tuple(box.shape)}"
+        return box.reshape(-1)[skipped : skipped + self.data.numel()]
+
 
 #: State of an engine by fully qualified name: ``model.<part>.<fqn>`` for weights and buffers,
 #: ``optimizer.<part>.<fqn>.<slot>`` for the optimizer's, ``ema.<part>.<fqn>`` for averaged weights. The same names
 #: under every strategy.
-ShardedState = Mapping[str, Shard]
+ShardedState = Mapping[str, Shard | Run]
 
 
 @dataclass(frozen=True)
@@ -171,7 +217,7 @@ class Engine(ABC):
 
     @abstractmethod
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over state by the names of :meth:`state`; every tensor is this rank's piece.
+        """Take over state by the names of :meth:`state`; every tensor is the whole, or the bounds of this rank's piece.
 
         Raises:
             KeyError: a tensor is missing.

@@ -21,7 +21,7 @@ from dltrain.checkpoint.writer import (
     make_manifest,
     write_shard,
 )
-from dltrain.core.contracts import Shard
+from dltrain.core.contracts import Shard, ShardedState
 from dltrain.core.storage import Storage
 from torch import Tensor
 
@@ -87,7 +87,7 @@ def whole(state: Mapping[str, Tensor], world: int) -> list[dict[str, Shard]]:
     return [shards] * world
 
 
-def save(storage: Storage, step: int, ranks: Sequence[Mapping[str, Shard]], **extra: Any) -> Manifest:
+def save(storage: Storage, step: int, ranks: Sequence[ShardedState], **extra: Any) -> Manifest:
     world, records = len(ranks), list[PieceRecord]()
     shares = assign([held(shards) for shards in ranks])
     for rank, shards in enumerate(ranks):
