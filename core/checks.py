@@ -13,6 +13,7 @@ from .importing import find_object
 from .job import Job
 from .parallel import microbatches_per_step
 from .suggest import nearest, similar_files
+from .zero import check_zero
 
 _BUILT_IN_SOURCES = ("digits", "digits_scan", "iris", "wine", "breast_cancer", "diabetes", "stdlib_text")
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
@@ -34,7 +35,8 @@ def check_job(
     per_node = job.resources.nproc_per_node
     if world is None and isinstance(per_node, int):
         world = job.resources.nodes * per_node
-    problems = [*_evaluation(job), *_watching(job), *(_batch(job, world) if world is not None else ())]
+    batch = _batch(job, world) if world is not None else ()
+    problems = [*_evaluation(job), *_watching(job), *batch, *check_zero(job, world)]
     return [*check_references(job, place, recipes=recipes), *_placed(problems, place)]
 
 

@@ -16,10 +16,23 @@ class Parallel(BaseModel):
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    strategy: Literal["ddp"] = "ddp"
-    """'ddp': every rank holds the whole model, gradients are averaged (torch DistributedDataParallel)."""
+    strategy: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
+    """'ddp': every rank holds the whole model, gradients are averaged (torch DistributedDataParallel). DeepSpeed's
+    ZeRO (needs the 'deepspeed' extra) deals to the ranks: 'zero1' the optimizer's state, 'zero2' the gradients too,
+    'zero3' the weights too."""
     bucket_mb: float = Field(default=25.0, gt=0)
-    """Size of the gradient buckets whose all-reduce overlaps with backward, in MiB."""
+    """Size of the gradient buckets whose all-reduce overlaps with backward, in MiB; used by ddp."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where zero1, zero2 and zero3 keep the optimizer's state and carry out its updates, and zero3 its weights too:
+    on the rank's device, or in the host's memory."""
+    deepspeed: str | None = None
+    """Path of a DeepSpeed configuration (JSON) for zero1, zero2 and zero3, such as bucket sizes. What it says of the
+    batch, the optimizer, the precision and the like must be what the job says."""
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage; 0 for other strategies."""
+        return {"zero1": 1, "zero2": 2, "zero3": 3}.get(self.strategy, 0)
 
     def axes(self, world: int) -> dict[str, int]:
         """The device mesh of ``world`` ranks, outermost axis first; the sizes multiply to ``world``.

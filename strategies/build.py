@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core.contracts import Engine, Recipe
 from ..core.errors import JobError, Problem, did_you_mean
 from ..core.job import Job
-from .ema import Ema
+from .ema import Ema, trainable
 from .optimizers import build_optimizers
 from .passes import Mark, Passes, Precision, Reseed
 from .recompute import recompute
@@ -29,17 +29,22 @@ def build_engine(job: Job, recipe: Recipe, *, world: int, device: torch.device, 
     axes = job.parallel.axes(world)
     modules = {name: part.to(device).train() for name, part in recipe.parts().items()}
     check_parts(job, modules)
-    parts: dict[str, Trained] = {}
     for name, module in modules.items():
         if job.train.recompute:
             recompute(module, recipe.layout(name).units)
+    passes = Passes(recipe, axes["data"], _precision(job, device), reseed, mark)
+    if job.parallel.zero_stage:
+        from .deepspeed_engine import ZeroEngine  # DeepSpeed is an extra
+
+        return ZeroEngine(passes, modules, job, world=world, device=device)
+    parts: dict[str, Trained] = {}
+    for name, module in modules.items():
         if job.train.compile:
             module.compile()
         wrapped = _ddp(module, device, job.parallel.bucket_mb) if axes["data"] > 1 else module
         spec = job.train.optimizer_of(name)
         parts[name] = Trained(wrapped, build_optimizers(module, spec), spec.every)
-    passes = Passes(recipe, axes["data"], _precision(job, device), reseed, mark)
-    ema = Ema(modules, job.train.ema) if job.train.ema is not None else None
+    ema = Ema(trainable(modules), job.train.ema) if job.train.ema is not None else None
     return TorchEngine(passes, parts, clip_norm=job.train.clip_norm, ema=ema)
 
 

@@ -10,20 +10,16 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averages every trainable parameter; works on whatever piece of it this rank holds.
+    """Averages weights, or whatever pieces of them this rank holds.
 
     The decay of update ``t`` (from 0) is ``min(decay, (1 + t) / (10 + t))``, so that the start is forgotten soon (as
     TensorFlow's ExponentialMovingAverage with ``num_updates``).
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        """Average ``weights``, which are named ``<part>.<fqn>`` and trained in place."""
         self._decay = decay
-        self._pairs = {
-            f"{part}.{name}": (parameter, parameter.detach().clone())
-            for part, module in modules.items()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
+        self._pairs = {name: (weight, weight.detach().clone()) for name, weight in weights.items()}
 
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step ``step``."""
@@ -49,3 +45,13 @@ class Ema:
         """The averages by ``<part>.<fqn>``."""
         for name, (_, average) in self._pairs.items():
             yield name, average
+
+
+def trainable(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The trainable parameters of a recipe's parts, by ``<part>.<fqn>``."""
+    return {
+        f"{part}.{name}": parameter
+        for part, module in modules.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }

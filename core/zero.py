@@ -1,0 +1,194 @@
+"""DeepSpeed's configuration as the job determines it, and a native one checked against the job. No DeepSpeed, no torch.
+
+ZeRO: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from .errors import JobError, Problem
+from .job import Job, Optimizer
+from .parallel import microbatches_per_step
+from .suggest import similar_files
+
+_FILE = "parallel.deepspeed"
+_OPTIMIZERS = ("sgd", "adam", "adamw")
+_HANDS_OFF = "leave it out of the file"
+
+# Keys that would break what a job promises, by what they would do.
+_REFUSED = {
+    "changes what is computed": (
+        *("amp", "communication_data_type", "compression_training", "curriculum_learning", "data_efficiency"),
+        *("data_types", "eigenvalue", "elasticity", "gradient_allreduce_op", "managed_gradient_accumulation"),
+        *("progressive_layer_drop", "sparse_attention", "sparse_gradients", "zero_optimization.zenflow"),
+        *("zero_optimization.zero_quantized_gradients", "zero_optimization.zero_quantized_nontrainable_weights"),
+        "zero_optimization.zero_quantized_weights",
+    ),
+    "spreads the model in a way that the job does not know of": (
+        *("compile", "data_parallel_size", "expert_parallel", "hybrid_engine", "pipeline", "sequence_parallel_size"),
+        *("tensor_parallel", "zero_optimization.mics_shard_size", "zero_optimization.zero_hpz_partition_size"),
+    ),
+    "keeps weights where checkpoints do not find them": (
+        *("zero_optimization.cpu_offload", "zero_optimization.cpu_offload_params"),
+        *("zero_optimization.elastic_checkpoint", "zero_optimization.offload_optimizer.nvme_path"),
+        *("zero_optimization.offload_optimizer.ratio", "zero_optimization.offload_optimizer.super_offload"),
+        *("zero_optimization.offload_param.nvme_path", "zero_optimization.round_robin_gradients"),
+    ),
+    "is done by dltrain": (
+        *("autotuning", "checkpoint", "comet", "csv_monitor", "load_universal_checkpoint", "tensorboard", "wandb"),
+        "activation_checkpointing",
+    ),
+}
+
+
+def check_zero(job: Job, world: int | None) -> Iterator[Problem]:
+    """What is wrong with the job's use of DeepSpeed, on ``world`` ranks where that is known."""
+    stage = job.parallel.zero_stage
+    if not stage:
+        for key in ("deepspeed", "offload"):
+            if key in job.parallel.model_fields_set and getattr(job.parallel, key) not in (None, "none"):
+                yield Problem(f"'{job.parallel.strategy}' does not use it", f"parallel.{key}", "zero1, zero2, zero3 do")
+        return
+    if importlib.util.find_spec("deepspeed") is None:
+        yield Problem("DeepSpeed is not installed", "parallel.strategy", "pip install 'dltrain[deepspeed]'")
+    if job.train.compile:
+        yield Problem("DeepSpeed's hooks are not compiled", "train.compile", "ddp can be compiled")
+    names = {"train.optimizer.name": job.train.optimizer.name}
+    names |= {f"train.parts.{part}.name": job.train.optimizer_of(part).name for part in job.train.parts}
+    for where, name in names.items():
+        if name not in _OPTIMIZERS:
+            what = f"'{name}' needs whole matrices, of which a rank has only a piece with {job.parallel.strategy}"
+            yield Problem(what, where, f"one of {', '.join(_OPTIMIZERS)}")
+            break
+    try:
+        native = read_native(job)
+    except JobError as error:
+        yield from error.problems
+        return
+    yield from _contradictions(native, job, world)
+
+
+def read_native(job: Job) -> dict[str, Any]:
+    """The native configuration that the job names, without values of 'auto'; empty where it names none.
+
+    Raises:
+        JobError: there is no such file, or it is no JSON object.
+    """
+    if job.parallel.deepspeed is None:
+        return {}
+    path = Path(job.parallel.deepspeed)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JobError(Problem(f"no such file: '{path}'", _FILE, similar_files(path, (".json",)))) from None
+    except OSError as error:
+        raise JobError(Problem(f"cannot read '{path}': {error.strerror}", _FILE)) from None
+    except ValueError as error:
+        raise JobError(Problem(f"'{path}' is no JSON: {error}", _FILE)) from None
+    if not isinstance(value, dict):
+        raise JobError(Problem(f"'{path}' holds no JSON object", _FILE))
+    return _settled(cast("dict[str, Any]", value))
+
+
+def _settled(section: dict[str, Any]) -> dict[str, Any]:
+    """Without what is 'auto', which is Hugging Face's word for: as the training says."""
+    return {
+        key: _settled(cast("dict[str, Any]", value)) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
+
+
+def settings(job: Job, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for the job on ``world`` ranks: the native one under what the job determines.
+
+    Raises:
+        JobError: the native configuration cannot be read, or the microbatches cannot be dealt to the ranks.
+    """
+    config = read_native(job)
+    for gone in ("optimizer", "scheduler"):  # the engine gets them ready made
+        config.pop(gone, None)
+    for key, (value, _) in _determined(job, world).items():
+        section, _, name = key.rpartition(".")
+        _section(config, section)[name] = value
+    config.pop("train_batch_size")  # which need not be a multiple of the microbatches
+    return config | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+
+
+def _section(tree: dict[str, Any], path: str) -> dict[str, Any]:
+    for name in filter(None, path.split(".")):
+        tree = tree.setdefault(name, {})
+    return tree
+
+
+def _determined(job: Job, world: int | None) -> dict[str, tuple[Any, str]]:
+    """What the job says of DeepSpeed's configuration: by key the value, and the job's key that it comes from."""
+    train = job.train
+    stage = job.parallel.zero_stage
+    autocast = train.precision == "bf16"
+    found: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (train.global_batch, "train.global_batch"),
+        "gradient_clipping": (train.clip_norm or 0.0, "train.clip_norm"),
+        "zero_optimization.stage": (stage, "parallel.strategy"),
+        "zero_optimization.offload_optimizer.device": (job.parallel.offload, "parallel.offload"),
+        "fp16.enabled": (False, "train.precision"),
+        "bf16.enabled": (False, "train.precision"),  # it would keep the weights themselves in bfloat16
+        "torch_autocast.enabled": (autocast, "train.precision"),
+        "torch_autocast.dtype": ("bfloat16", "train.precision"),
+        "torch_autocast.lower_precision_safe_modules": ([], "train.precision"),  # gradients are reduced in float32
+    }
+    if stage == 3:
+        found["zero_optimization.offload_param.device"] = (job.parallel.offload, "parallel.offload")
+    if world is not None:
+        count = microbatches_per_step(train.microbatches, global_batch=train.global_batch, data=world)
+        found["gradient_accumulation_steps"] = (count // world, f"train.microbatches on {world} ranks")
+        samples = math.ceil(train.global_batch / count)
+        found["train_micro_batch_size_per_gpu"] = (samples, "train.global_batch / train.microbatches")
+    return found
+
+
+def _contradictions(native: dict[str, Any], job: Job, world: int | None) -> Iterator[Problem]:
+    """Keys of the native configuration that the job says otherwise, or that it cannot have."""
+    for reason, keys in _REFUSED.items():
+        for key in keys:
+            if _look_up(native, key) not in (None, False, {}):
+                yield Problem(f"{job.parallel.deepspeed}: {key} {reason}", _FILE, _HANDS_OFF)
+    try:
+        determined = _determined(job, world)
+    except JobError:  # the microbatches do not fit the world, which is told elsewhere
+        determined = _determined(job, None)
+    said = {key: _look_up(native, key) for key in determined}
+    pairs = [(key, said[key], *determined[key]) for key in determined if said[key] is not None]
+    pairs += list(_optimizer(native.get("optimizer"), job.train.optimizer))
+    if native.get("scheduler"):
+        pairs.append(("scheduler.type", _look_up(native, "scheduler.type"), job.train.schedule.name, "train.schedule"))
+    for key, theirs, ours, where in pairs:
+        if theirs != ours:
+            what = f"{job.parallel.deepspeed}: {key} is {json.dumps(theirs)}, the job's {where} says {json.dumps(ours)}"
+            yield Problem(what, _FILE, f"make them agree, or {_HANDS_OFF}")
+
+
+def _look_up(tree: Any, path: str) -> Any:
+    for name in path.split("."):
+        tree = cast("Mapping[str, Any]", tree).get(name) if isinstance(tree, dict) else None
+    return tree
+
+
+def _optimizer(section: Any, job: Optimizer) -> Iterator[tuple[str, Any, Any, str]]:
+    """The optimizer section's values beside the job's."""
+    if not section:
+        return
+    params = cast("dict[str, Any]", _look_up(section, "params") or {})
+    kind = str(_look_up(section, "type")).lower()
+    if kind == "adam" and params.get("adam_w_mode", True):  # DeepSpeed's Adam decouples the decay unless told not to
+        kind = "adamw"
+    yield "optimizer.type", kind, job.name, "train.optimizer.name"
+    for name in ("lr", "betas", "eps", "weight_decay", "momentum"):
+        if name in params:
+            yield f"optimizer.params.{name}", params[name], getattr(job, name), f"train.optimizer.{name}"

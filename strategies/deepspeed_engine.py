@@ -1,0 +1,191 @@
+"""The engine over DeepSpeed's ZeRO: optimizer state, gradients, weights dealt to the data-parallel ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..core.contracts import Batch, Engine, Run, Shard, ShardedState, StepResult
+from ..core.job import Job
+from ..core.zero import settings
+from .deepspeed_state import ZeroState, fill
+from .ema import Ema
+from .optimizers import build_optimizers
+from .passes import Passes, others_frozen
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the recipe with a DeepSpeed engine of its own."""
+
+    engine: Any
+    state: ZeroState
+    every: int
+    peaks: tuple[float, ...]
+
+    @property
+    def module(self) -> nn.Module:
+        """The recipe's own module."""
+        return self.engine.module
+
+    def set_rate(self, rate: float) -> None:
+        """Let every group of the optimizer have its peak learning rate times ``rate``."""
+        for group, peak in zip(self.state.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * rate
+
+
+class ZeroEngine(Engine):
+    """Trains a recipe's parts one after the other, each with a DeepSpeed engine and one optimizer.
+
+    Under ZeRO's stage 3 a forward pass gathers weights, so every rank must make the same number of them, in evaluation
+    too.
+    """
+
+    def __init__(
+        self, passes: Passes, modules: Mapping[str, nn.Module], job: Job, *, world: int, device: torch.device
+    ) -> None:
+        """Deal ``modules``, which hold the same weights on every rank, to the ``world`` ranks. Collective."""
+        deepspeed = _deepspeed(device)
+        if not dist.is_initialized():  # a world of one rank has no group yet, and DeepSpeed needs one
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # public by its documentation
+            dist.init_process_group("gloo", rank=0, world_size=1, store=store)
+        self.parts = tuple(modules)
+        self._passes = passes
+        self._clips = job.train.clip_norm is not None
+        self._parts: dict[str, _Part] = {}
+        for name, module in modules.items():
+            spec = job.train.optimizer_of(name)
+            (optimizer,) = build_optimizers(module, spec)
+            peaks = tuple(group["lr"] for group in optimizer.param_groups)
+            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings(job, world))
+            state = ZeroState(engine, stage=job.parallel.zero_stage)
+            self._parts[name] = _Part(engine, state, spec.every, peaks)
+        self._ema = (
+            Ema({name: piece.data for name, piece in self._trainable()}, job.train.ema) if job.train.ema else None
+        )
+
+    def step(self, microbatches: Sequence[Batch], rate: float) -> StepResult:
+        step = microbatches[0].step
+        losses: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
+        for name, part in self._parts.items():
+            if step % part.every:
+                continue
+            part.set_rate(rate)
+            with others_frozen(self._modules(), name):
+                losses[name] = self._accumulate(name, microbatches)
+            self._passes.mark("optimizer")
+            part.engine.step()
+            if self._clips:
+                norms[name] = torch.as_tensor(part.engine.get_global_grad_norm(), dtype=torch.float32)
+        if self._ema is not None:
+            self._ema.update(step)
+        return StepResult(losses, norms)
+
+    def _accumulate(self, name: str, microbatches: Sequence[Batch]) -> Tensor:
+        """Forward and backward over all microbatches; this rank's share of the step's mean loss."""
+        engine = self._parts[name].engine
+        # A helper is called without its engine, which would prepare for a backward pass that never comes.
+        modules = self._modules() | {name: engine}
+
+        def backward(loss: Tensor, scale: float) -> None:
+            engine.backward(loss * scale, scale_wrt_gas=False)
+
+        total: Tensor | None = None
+        for batch in microbatches:
+            engine.set_gradient_accumulation_boundary(batch is microbatches[-1])
+            share = self._passes.run(name, self.parts.index(name), modules, batch, backward)
+            total = share if total is None else total + share
+        assert total is not None, "a rank without microbatches"
+        return total
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: part.module for name, part in self._parts.items()}
+
+    def share_buffers(self) -> None:
+        for module in self._modules().values():
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Generator[None]:
+        self.share_buffers()
+        for module in self._modules().values():
+            module.eval()
+        try:
+            with self._averages_in_place():
+                yield
+        finally:
+            for module in self._modules().values():
+                module.train()
+
+    @contextlib.contextmanager
+    def _averages_in_place(self) -> Generator[None]:
+        if self._ema is None:
+            yield
+            return
+        try:
+            with self._ema.in_place():
+                self._publish()
+                yield
+        finally:
+            self._publish()
+
+    def _publish(self) -> None:
+        for part in self._parts.values():
+            part.state.publish()
+
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        with torch.no_grad(), self._passes.precision():  # weights gathered in inference mode could not be trained
+            return self._passes.recipe.metrics(self._modules(), batch)
+
+    def state(self) -> ShardedState:
+        return dict(self._pieces())
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for part in self._parts.values():
+            part.state.make_slots()
+            part.state.release()
+        for name, piece in self._pieces():
+            if name not in state:
+                raise KeyError(name)
+            fill(piece, state[name])
+        for part in self._parts.values():
+            part.state.load_optimizers_copy()
+        self._publish()
+
+    def _pieces(self) -> Iterator[tuple[str, Shard | Run]]:
+        for name, part in self._parts.items():
+            for fqn, piece in part.state.weights():
+                yield f"model.{name}.{fqn}", piece
+            for fqn, piece in part.state.slots():
+                yield f"optimizer.{name}.{fqn}", piece
+        if self._ema is not None:
+            weights = dict(self._trainable())
+            for fqn, average in self._ema.tensors():
+                yield f"ema.{fqn}", replace(weights[fqn], data=average)
+
+    def _trainable(self) -> Iterator[tuple[str, Shard | Run]]:
+        for name, part in self._parts.items():
+            for fqn, piece in part.state.trainable():
+                yield f"{name}.{fqn}", piece
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, imported for this rank's device, and kept from compiling what training never uses."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    # It calls collectives by names that torch has renamed, and would say so with every call.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # collectives of its tensor-parallel inference
+    return deepspeed
