@@ -22,6 +22,11 @@ from runs import RunFolder
 _PRELOAD = ["torch", "torch._dynamo", "torch.distributed.fsdp", "dltrain.training.worker", "dltrain.models.cnn"]
 
 
+def preload(*modules: str) -> None:
+    """Have these modules imported before ranks are forked too; to be called as a test module is imported."""
+    _PRELOAD.extend(modules)
+
+
 def train_ranks(folder: Path, world: int, *job: str, timeout: float = 120, **environ: str) -> RunFolder:
     """Train a job on ``world`` ranks of one thread each, from ``folder``; ``job`` is a file's name and overrides.
 
