@@ -79,3 +79,60 @@ def test_two_parts_train_in_turn_as_in_one_plain_process(tmp_path: Path, strateg
         found = [row[f"train/{part}/loss"] for row in run.rows() if f"train/{part}/loss" in row]
         torch.testing.assert_close(found, losses, rtol=1e-5, atol=0)
         assert_weights(run, part, plain.modules[part].state_dict())
+
+
+def resume_along(folder: Path, job: tuple[str, ...], route: list[tuple[str, int]], steps: int) -> RunFolder:
+    """Train ``steps`` more steps under each (strategy, number of ranks) in turn, each from the last one's checkpoint."""
+    for index, (strategy, world) in enumerate(route, start=1):
+        until = ("train.schedule.name=constant", f"train.steps={index * steps}")
+        run = train_ranks(folder, world, *job, *until, f"parallel.strategy={strategy}")
+    return run
+
+
+LANGUAGE = ("recipe=zero_recipes:LanguageRecipe", *zero_recipes.JOB, "train.optimizer.lr=0.02")
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        [("ddp", 2), ("zero3", 2), ("zero1", 2)],
+        pytest.param(
+            [("ddp", 1), ("zero1", 2), ("zero3", 2), ("zero2", 4), ("zero3", 3), ("ddp", 2)], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_run_goes_on_under_any_strategy_and_number_of_ranks(tmp_path: Path, route: list[tuple[str, int]]) -> None:
+    zero_recipes.write_data(tmp_path)
+    straight, changing = tmp_path / "straight", tmp_path / "changing"
+    for folder in (straight, changing):
+        folder.mkdir()
+        zero_recipes.write_data(folder)
+    job = (*LANGUAGE, "train.ema=0.9", "train.microbatches=12", "train.global_batch=24")
+    whole = train_ranks(straight, 1, *job, "train.schedule.name=constant", f"train.steps={5 * len(route)}")
+    run = resume_along(changing, job, route, steps=5)
+    assert run.steps() == list(range(1, 5 * len(route) + 1))
+    torch.testing.assert_close(run.losses(), whole.losses(), rtol=1e-5, atol=0)
+    ours, reference = saved(run), saved(whole)
+    assert ours.keys() == reference.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, reference[name], rtol=1e-4, atol=1e-6)
+
+
+def test_every_rank_writes_its_own_part_of_the_state(tmp_path: Path) -> None:
+    zero_recipes.write_data(tmp_path)
+    run = train_ranks(tmp_path, 2, *LANGUAGE, "train.steps=1", "parallel.strategy=zero3")
+    shards = sorted(file.stat().st_size for file in run.path.glob("checkpoints/*/shard-*"))
+    assert len(shards) == 2
+    assert shards[0] > 0.8 * shards[1]
+
+
+@pytest.mark.parametrize("strategy", STAGES)
+@pytest.mark.parametrize("setting", ["parallel.offload=cpu", "train.recompute=true"])
+def test_what_saves_memory_changes_no_number(tmp_path: Path, strategy: str, setting: str) -> None:
+    job = (*LANGUAGE, f"parallel.strategy={strategy}", "train.steps=6")
+    losses: list[list[float]] = []
+    for name, more in (("with", (setting,)), ("without", ())):
+        (tmp_path / name).mkdir()
+        zero_recipes.write_data(tmp_path / name)
+        losses.append(train_ranks(tmp_path / name, 2, *job, *more).losses())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
