@@ -109,9 +109,13 @@ def settings(job: Job, world: int) -> dict[str, Any]:
     """DeepSpeed's configuration for the job on ``world`` ranks: the native one under what the job determines.
 
     Raises:
-        JobError: the native configuration cannot be read, or the microbatches cannot be dealt to the ranks.
+        JobError: the native configuration cannot be read or contradicts the job, or the microbatches cannot be dealt
+            to the ranks.
     """
     config = read_native(job)
+    problems = list(_contradictions(config, job, world))
+    if problems:
+        raise JobError(*problems)
     for gone in ("optimizer", "scheduler"):  # the engine gets them ready made
         config.pop(gone, None)
     for key, (value, _) in _determined(job, world).items():
@@ -131,17 +135,17 @@ def _determined(job: Job, world: int | None) -> dict[str, tuple[Any, str]]:
     """What the job says of DeepSpeed's configuration: by key the value, and the job's key that it comes from."""
     train = job.train
     stage = job.parallel.zero_stage
-    autocast = train.precision == "bf16"
+    autocast, precision = train.precision == "bf16", f"train.precision '{train.precision}'"
     found: dict[str, tuple[Any, str]] = {
         "train_batch_size": (train.global_batch, "train.global_batch"),
         "gradient_clipping": (train.clip_norm or 0.0, "train.clip_norm"),
-        "zero_optimization.stage": (stage, "parallel.strategy"),
+        "zero_optimization.stage": (stage, f"parallel.strategy '{job.parallel.strategy}'"),
         "zero_optimization.offload_optimizer.device": (job.parallel.offload, "parallel.offload"),
-        "fp16.enabled": (False, "train.precision"),
-        "bf16.enabled": (False, "train.precision"),  # it would keep the weights themselves in bfloat16
-        "torch_autocast.enabled": (autocast, "train.precision"),
-        "torch_autocast.dtype": ("bfloat16", "train.precision"),
-        "torch_autocast.lower_precision_safe_modules": ([], "train.precision"),  # gradients are reduced in float32
+        "fp16.enabled": (False, precision),
+        "bf16.enabled": (False, precision),  # it would keep the weights themselves in bfloat16
+        "torch_autocast.enabled": (autocast, precision),
+        "torch_autocast.dtype": ("bfloat16", precision),
+        "torch_autocast.lower_precision_safe_modules": ([], precision),  # gradients are reduced in float32
     }
     if stage == 3:
         found["zero_optimization.offload_param.device"] = (job.parallel.offload, "parallel.offload")
