@@ -21,7 +21,8 @@ class Parallel(BaseModel):
     ZeRO (needs the 'deepspeed' extra) deals to the ranks: 'zero1' the optimizer's state, 'zero2' the gradients too,
     'zero3' the weights too."""
     bucket_mb: float = Field(default=25.0, gt=0)
-    """Size of the gradient buckets whose all-reduce overlaps with backward, in MiB; used by ddp."""
+    """Size of the buckets in which gradients are reduced during backward, in MiB. zero1, zero2 and zero3 take it where
+    the DeepSpeed configuration says nothing of it."""
     offload: Literal["none", "cpu"] = "none"
     """Where zero1, zero2 and zero3 keep the optimizer's state and carry out its updates, and zero3 its weights too:
     on the rank's device, or in the host's memory."""

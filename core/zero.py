@@ -122,6 +122,9 @@ def settings(job: Job, world: int) -> dict[str, Any]:
         section, _, name = key.rpartition(".")
         _section(config, section)[name] = value
     config.pop("train_batch_size")  # which need not be a multiple of the microbatches
+    bucket = int(job.parallel.bucket_mb * 2**20) // 4  # in float32 elements; DeepSpeed's own default takes 2 GB
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        config["zero_optimization"].setdefault(key, bucket)
     return config | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 

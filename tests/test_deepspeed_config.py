@@ -148,6 +148,7 @@ def test_what_agrees_or_is_auto_or_is_deepspeeds_own_passes() -> None:
     job = load(None, NATIVE, *TWO_RANKS, "train.clip_norm=1.0", "train.microbatches=6").job
     found = settings(job, 2)
     assert found["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert found["zero_optimization"]["allgather_bucket_size"] == 25 * 2**20 // 4
     assert found["zero_optimization"]["overlap_comm"] is False
     assert found["wall_clock_breakdown"] is True
     assert found["gradient_accumulation_steps"] == 3
