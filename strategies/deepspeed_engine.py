@@ -147,6 +147,9 @@ class ZeroEngine(Engine):
         with torch.no_grad(), self._passes.precision():  # weights gathered in inference mode could not be trained
             return self._passes.recipe.metrics(self._modules(), batch)
 
+    def samples(self) -> Mapping[str, Tensor]:
+        return self._passes.samples(self._modules())
+
     def state(self) -> ShardedState:
         return dict(self._pieces())
 

@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from ..core.contracts import Batch, Recipe
+from ..core.contracts import Batch, DrawsSamples, Recipe
 
 #: Called with the phase that begins: "forward", "backward", "optimizer".
 Mark = Callable[[str], None]
@@ -55,6 +56,13 @@ class Passes:
         self.mark("backward")
         backward(loss, batch.weight * self.ranks)
         return loss.detach().float() * batch.weight
+
+    def samples(self, modules: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
+        """What the recipe draws with ``modules``; nothing if it does not draw."""
+        if not isinstance(self.recipe, DrawsSamples):
+            return {}
+        with torch.no_grad(), self.precision():
+            return self.recipe.samples(modules)
 
 
 @contextlib.contextmanager

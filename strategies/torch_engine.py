@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.contracts import Batch, DrawsSamples, Engine, Shard, ShardedState, StepResult
+from ..core.contracts import Batch, Engine, Shard, ShardedState, StepResult
 from .ema import Ema
 from .passes import Passes, others_frozen
 
@@ -105,11 +105,7 @@ class TorchEngine(Engine):
             return self._passes.recipe.metrics(modules, batch)
 
     def samples(self) -> Mapping[str, Tensor]:
-        recipe = self._passes.recipe
-        if not isinstance(recipe, DrawsSamples):
-            return {}
-        with torch.inference_mode(), self._passes.precision():
-            return recipe.samples({name: unwrapped(part.module) for name, part in self._parts.items()})
+        return self._passes.samples({name: unwrapped(part.module) for name, part in self._parts.items()})
 
     def state(self) -> ShardedState:
         return {name: Shard(tuple(t.shape), (0,) * t.dim(), t) for name, t in self._tensors()}

@@ -46,6 +46,11 @@ CELLS = (
     Cell("one process", 1),
     Cell("ddp × 2", 2),
     Cell("ddp × 4", 4),
+    *(
+        Cell(f"zero{stage} × {ranks}", ranks, (f"parallel.strategy=zero{stage}",))
+        for stage in (1, 2, 3)
+        for ranks in (2, 4)
+    ),
 )
 
 
