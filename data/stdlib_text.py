@@ -82,7 +82,7 @@ class TokenWindows:
 
 
 def stdlib_text(options: TextOptions, split: Split) -> TokenWindows:
-    """The windows of the standard library's text. They are the same wherever Python is, to its patch release.
+    """The windows of the standard library's text, which is that of the installed release of Python.
 
     Raises:
         JobError: there is no source text, it is shorter than a window, or ``tokenizers`` is not installed.
@@ -129,6 +129,7 @@ def _bpe_windows(text: bytes, options: TextOptions, stride: int, split: Split) -
     is dealt out first, by the same rule, in blocks of bytes; then every part is cut into windows of its own, and these
     are laid onto the indices that belong to the part.
     """
+    # As Latin-1 every byte is a character, so blocks may begin anywhere and tokens spell bytes.
     blocks = [text[i : i + _BLOCK].decode("latin-1") for i in range(0, len(text), _BLOCK)]
     parts = {name: [blocks[i] for i in indices] for name, indices in split_indices(len(blocks), split).items()}
     tokenizer = _learn(parts["train"], options.vocab)

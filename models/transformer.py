@@ -112,6 +112,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.tied = config.task == "next_token" and config.tie_weights
         self.pooled = config.task == "classify"
+        self.depth = config.layers
         if self.pooled and config.inputs is not None:
             self.embedding = nn.Linear(config.inputs, config.dim)
         else:
@@ -131,7 +132,7 @@ class Transformer(nn.Module):
         """
         if self.tied:
             self.head.weight = cast(nn.Embedding, self.embedding).weight
-        residual = _STD / (2 * len(self.blocks)) ** 0.5
+        residual = _STD / (2 * self.depth) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
