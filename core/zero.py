@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from .job import Job, Optimizer
 from .parallel import microbatches_per_step
 from .suggest import similar_files
 
+_VERSION = "0.19"  # whose insides strategies/deepspeed_state.py knows
 _FILE = "parallel.deepspeed"
 _OPTIMIZERS = ("sgd", "adam", "adamw")
 _HANDS_OFF = "leave it out of the file"
@@ -52,11 +54,10 @@ def check_zero(job: Job, world: int | None) -> Iterator[Problem]:
     stage = job.parallel.zero_stage
     if not stage:
         for key in ("deepspeed", "offload"):
-            if key in job.parallel.model_fields_set and getattr(job.parallel, key) not in (None, "none"):
+            if getattr(job.parallel, key) not in (None, "none"):
                 yield Problem(f"'{job.parallel.strategy}' does not use it", f"parallel.{key}", "zero1, zero2, zero3 do")
         return
-    if importlib.util.find_spec("deepspeed") is None:
-        yield Problem("DeepSpeed is not installed", "parallel.strategy", "pip install 'dltrain[deepspeed]'")
+    yield from _installed()
     if job.train.compile:
         yield Problem("DeepSpeed's hooks are not compiled", "train.compile", "ddp can be compiled")
     names = {"train.optimizer.name": job.train.optimizer.name}
@@ -72,6 +73,16 @@ def check_zero(job: Job, world: int | None) -> Iterator[Problem]:
         yield from error.problems
         return
     yield from _contradictions(native, job, world)
+
+
+def _installed() -> Iterator[Problem]:
+    hint = "pip install 'dltrain[deepspeed]'"
+    if importlib.util.find_spec("deepspeed") is None:
+        yield Problem("DeepSpeed is not installed", "parallel.strategy", hint)
+        return
+    found = version("deepspeed")
+    if not found.startswith(f"{_VERSION}."):
+        yield Problem(f"DeepSpeed {found} is installed, {_VERSION} is needed", "parallel.strategy", hint)
 
 
 def read_native(job: Job) -> dict[str, Any]:

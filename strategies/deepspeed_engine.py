@@ -55,8 +55,9 @@ class ZeroEngine(Engine):
         """Deal ``modules``, which hold the same weights on every rank, to the ``world`` ranks. Collective."""
         deepspeed = _deepspeed(device)
         if not dist.is_initialized():  # a world of one rank has no group yet, and DeepSpeed needs one
+            backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # public by its documentation
-            dist.init_process_group("gloo", rank=0, world_size=1, store=store)
+            dist.init_process_group(backends, rank=0, world_size=1, store=store)
         self.parts = tuple(modules)
         self._passes = passes
         self._clips = job.train.clip_norm is not None

@@ -169,6 +169,19 @@ def test_averages_and_bfloat16_are_those_of_ddp(tmp_path: Path, strategy: str) -
     assert ours == [pytest.approx(row, rel=1e-5) for row in theirs]
 
 
+def test_running_statistics_are_saved_as_under_ddp(tmp_path: Path) -> None:
+    found: list[dict[str, Tensor]] = []
+    for strategy in ("ddp", "zero3"):
+        (tmp_path / strategy).mkdir()
+        zero_recipes.write_vectors(tmp_path / strategy)
+        job = ("recipe=zero_recipes:NormalizedRecipe", *zero_recipes.JOB, "train.steps=8")
+        found.append(saved(train_ranks(tmp_path / strategy, 2, *job, f"parallel.strategy={strategy}")))
+    assert "model.net.1.running_var" in found[0]
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_the_launcher_trains_under_zero(sandbox: Sandbox) -> None:
     split = ("data.split.train=0.74", "data.split.val=0.13", "data.split.test=0.13")
     job = ("train.steps=4", "tracking.wandb.mode=disabled", *split, "parallel.strategy=zero3")

@@ -33,6 +33,14 @@ def test_deepspeed_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(None, "parallel.strategy=ddp").job.parallel.zero_stage == 0
 
 
+def test_another_version_of_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path("elsewhere/deepspeed-0.18.4.dist-info")
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.18.4\n", encoding="utf-8")
+    monkeypatch.syspath_prepend("elsewhere")
+    assert problem(None, "parallel.strategy=zero1").what == "DeepSpeed 0.18.4 is installed, 0.19 is needed"
+
+
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
 def test_optimizers_of_whole_matrices_are_refused(name: str) -> None:
     found = problem("parallel: {strategy: zero1}\n", f"train.optimizer.name={name}")

@@ -82,6 +82,16 @@ class GanRecipe(dltrain.Recipe):
         return binary_cross_entropy_with_logits(logits, truth)
 
 
+class NormalizedRecipe(dltrain.Recipe):
+    """Regression of vectors with running statistics, which differ from rank to rank."""
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"net": nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.Linear(5, 1))}
+
+    def loss(self, part: str, parts: Mapping[str, nn.Module], batch: dltrain.Batch) -> Tensor:
+        return (parts[part](batch["x"]) - batch["x"].sum(1, keepdim=True)).square().mean()
+
+
 def write_data(folder: Path) -> tuple[Tensor, Tensor]:
     """Sentences of words, each followed by one that it partly determines, as ``data.npz``; and the same as tensors."""
     random = np.random.default_rng(1)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core.errors import JobError, Problem
 from ..core.job import Job
+from ..core.zero import check_zero
 from ..data.sources import open_source
 from ..data.split import split
 from ..strategies.build import check_parts
@@ -21,10 +22,10 @@ from .recipes import load_recipe
 
 
 def check_job(data: dict[str, Any]) -> list[Problem]:
-    """Build the recipe, open the data and split it; the problems found."""
+    """Look for what the strategy needs on this machine, build the recipe, open the data and split it: the problems."""
     sys.path.insert(0, str(Path.cwd()))
     job = Job.model_validate(data)
-    problems: list[Problem] = []
+    problems: list[Problem] = list(check_zero(job, None))
     for check in (_check_recipe, _check_data):
         try:
             check(job)
