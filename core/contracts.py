@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -115,6 +115,9 @@ class Shard:
 #: under every strategy.
 ShardedState = Mapping[str, Shard]
 
+#: Fills each shard's tensor, in place, with the same slice of a saved tensor of the same name.
+Fill = Callable[[ShardedState], None]
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -167,12 +170,12 @@ class Engine(ABC):
 
     @abstractmethod
     def state(self) -> ShardedState:
-        """This rank's shards of weights, buffers and optimizer state. The tensors are live: copy to keep."""
+        """This rank's shards of weights, buffers and optimizer state. The tensors are live: copy to keep. Collective."""
 
     @abstractmethod
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over state by the names of :meth:`state`; every tensor is this rank's piece.
+    def load(self, fill: Fill) -> None:
+        """Take over saved state: ``fill`` is given this rank's shards, by the names of :meth:`state`, in one call.
 
-        Raises:
-            KeyError: a tensor is missing.
+        The optimizer's are among them, also before the first step. What ``fill`` raises comes through; then the
+        engine's state is undefined until another ``load`` succeeds.
         """

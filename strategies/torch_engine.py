@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core.contracts import Batch, DrawsSamples, Engine, Recipe, Shard, ShardedState, StepResult
+from ..core.contracts import Batch, DrawsSamples, Engine, Fill, Recipe, Shard, ShardedState, StepResult
 from .ema import Ema
 
 #: Called with the phase that begins: "forward", "backward", "optimizer".
@@ -162,15 +162,11 @@ class TorchEngine(Engine):
     def state(self) -> ShardedState:
         return {name: Shard(tuple(t.shape), (0,) * t.dim(), t) for name, t in self._tensors()}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, fill: Fill) -> None:
         for part in self._parts.values():
             for optimizer in part.optimizers:
                 _materialize(optimizer)
-        for name, tensor in self._tensors():
-            if name not in state:
-                raise KeyError(name)
-            with torch.no_grad():
-                tensor.copy_(state[name])
+        fill(self.state())
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, part in self._parts.items():

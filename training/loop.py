@@ -121,10 +121,9 @@ class Trainer:
         return Normalizer.from_state(box[0])
 
     def _say_setup(self, start: int) -> None:
+        shards = self._engine.state()
         if self._ctx.rank == 0:
-            parameters = sum(
-                math.prod(shard.shape) for name, shard in self._engine.state().items() if name.startswith("model.")
-            )
+            parameters = sum(math.prod(shard.shape) for name, shard in shards.items() if name.startswith("model."))
             self._reporter.send(
                 "setup",
                 start=start,
