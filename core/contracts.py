@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,15 +34,30 @@ class Batch:
         return self.fields[key]
 
 
+#: How one submodule is cut over a tensor group. 'column': a Linear by its outputs, which stay cut along the last axis.
+#: 'row': a Linear by its inputs, which come cut along the last axis; its outputs are whole. A 'column' and the 'row' it
+#: feeds need one all-reduce between them. 'whole_column': by its outputs, which are gathered. 'embedding': an Embedding
+#: by its vocabulary. 'dropout': a Dropout of values that are cut along the last axis: the mask of the whole, sliced.
+TensorRule = Literal["column", "row", "whole_column", "embedding", "dropout"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a part may be cut, as data beside the model: names of modules, no code.
 
     Attributes:
         units: names of the submodules that are sharded and gathered as one (FSDP units, checkpointing units).
+        tensor: how tensor parallelism cuts submodules, by name; ``*`` stands for one component of a name.
+        tensor_sizes: numbers that the ranks of a tensor group share evenly, such as ``{"attention heads": 8}``, beside
+            the sizes of the matrices themselves; the names are for messages.
+        double_backward: whether the loss differentiates through gradients, as Wasserstein-GP's penalty does. Such a
+            part cannot be sharded: its weights are freed after the first backward.
     """
 
     units: tuple[str, ...] = ()
+    tensor: Mapping[str, TensorRule] = field(default_factory=dict[str, "TensorRule"])
+    tensor_sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+    double_backward: bool = False
 
 
 @runtime_checkable
@@ -170,7 +185,10 @@ class Engine(ABC):
 
     @abstractmethod
     def state(self) -> ShardedState:
-        """This rank's shards of weights, buffers and optimizer state. The tensors are live: copy to keep. Collective."""
+        """This rank's shards of weights, buffers and optimizer state. The tensors are live: copy to keep.
+
+        Collective.
+        """
 
     @abstractmethod
     def load(self, fill: Fill) -> None:

@@ -3,44 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..core.contracts import Engine, Recipe
+from ..core.contracts import Engine, Layout, Recipe
 from ..core.errors import JobError, Problem, did_you_mean
 from ..core.job import Job
+from ..core.parallel import Parallel
+from .ddp import Ddp
 from .ema import Ema
+from .fsdp import Fsdp
 from .optimizers import build_optimizers
 from .recompute import recompute
+from .shards import Weight
+from .spread import Alone, Spread
+from .tensor import check_cut, cut
 from .torch_engine import Mark, Precision, Reseed, TorchEngine, Trained
 
 
-def build_engine(job: Job, recipe: Recipe, *, world: int, device: torch.device, reseed: Reseed, mark: Mark) -> Engine:
+def build_engine(
+    job: Job, recipe: Recipe, *, rank: int, world: int, device: torch.device, reseed: Reseed, mark: Mark
+) -> Engine:
     """The engine that ``job.parallel`` asks for, on a process group of ``world`` ranks (none is needed for one).
 
     Every rank must have seeded torch alike, so that all start from the same weights.
 
     Raises:
-        JobError: the job's optimizers do not fit the recipe's parts.
+        JobError: the job does not fit the recipe's parts.
     """
-    axes = job.parallel.axes(world)
+    parallel = job.parallel
+    axes = parallel.axes(world)
     modules = {name: part.to(device).train() for name, part in recipe.parts().items()}
-    check_parts(job, modules)
+    check_parts(job, recipe, modules)
+    mesh = _mesh(parallel, world, device)
     parts: dict[str, Trained] = {}
     for name, module in modules.items():
+        layout = recipe.layout(name)
+        if mesh is not None and parallel.tensor > 1:
+            cut(module, layout, mesh["tensor"])
         if job.train.recompute:
-            recompute(module, recipe.layout(name).units)
+            recompute(module, layout.units)
         if job.train.compile:
-            module.compile()
-        wrapped = _ddp(module, device, job.parallel.bucket_mb) if axes["data"] > 1 else module
+            _compile(module, layout.units if mesh is not None else ())
+        spread = _spread(job, module, layout, axes["data"], mesh, device)
+        weights = [Weight(parameter) for parameter in module.parameters() if parameter.requires_grad]
         spec = job.train.optimizer_of(name)
-        parts[name] = Trained(wrapped, build_optimizers(module, spec), spec.every)
+        optimizers = build_optimizers(module, spec, [weight.piece for weight in weights])
+        parts[name] = Trained(spread, weights, optimizers, spec.every)
     return TorchEngine(
         recipe,
         parts,
+        world=world,
         data_ranks=axes["data"],
+        counts=parallel.place(rank, world)["tensor"] == 0,
         clip_norm=job.train.clip_norm,
         ema=Ema(modules, job.train.ema) if job.train.ema is not None else None,
         precision=_precision(job, device),
@@ -49,21 +67,66 @@ def build_engine(job: Job, recipe: Recipe, *, world: int, device: torch.device, 
     )
 
 
-def check_parts(job: Job, modules: dict[str, nn.Module]) -> None:
-    """Refuse optimizers for parts that the recipe does not have.
+def check_parts(job: Job, recipe: Recipe, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse what does not fit the recipe's parts, which may be on the meta device.
 
     Raises:
-        JobError: there is one.
+        JobError: optimizers for parts that there are not, or a way to cut parts that they do not allow.
     """
     for name in job.train.parts:
         if name not in modules:
             hint = did_you_mean(name, modules)
             raise JobError(Problem(f"{job.recipe} has no part '{name}'", "train.parts", hint))
+    layouts = {name: recipe.layout(name) for name in modules}
+    if job.parallel.tensor > 1 and not any(layout.tensor for layout in layouts.values()):
+        what = f"the layout of {job.recipe} has no rules for tensor parallelism"
+        raise JobError(Problem(what, "parallel.tensor", "1 would do"))
+    for name, layout in layouts.items():
+        if job.parallel.cuts_weights and layout.double_backward:
+            what = f"the loss of part '{name}' differentiates through gradients, which needs whole weights"
+            raise JobError(Problem(what, "parallel", "strategy: ddp without tensor"))
+        if job.parallel.tensor > 1:
+            check_cut(name, modules[name], layout, job.parallel.tensor)
 
 
-def _ddp(part: nn.Module, device: torch.device, bucket_mb: float) -> nn.Module:
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(part, device_ids=ids, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
+def _mesh(parallel: Parallel, world: int, device: torch.device) -> DeviceMesh | None:
+    """The ranks as (replica, shard, tensor), where weights are cut; None where every rank holds all of them.
+
+    Copies of a model that is cut over tensor groups are replicas with a single shard each: DistributedDataParallel does
+    not take pieces.
+    """
+    if world == 1 or not parallel.cuts_weights:
+        return None
+    data = parallel.axes(world)["data"]
+    replicas = parallel.replicas if parallel.strategy == "fsdp" else data
+    sizes = (replicas, data // replicas, parallel.tensor)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("replica", "shard", "tensor"))
+
+
+def _spread(
+    job: Job, module: nn.Module, layout: Layout, data: int, mesh: DeviceMesh | None, device: torch.device
+) -> Spread:
+    parallel = job.parallel
+    if data == 1:
+        return Alone(module)
+    if mesh is None:
+        return Ddp(module, parallel, device)
+    cut_in_two = parallel.replicas > 1 or parallel.strategy == "ddp"
+    return Fsdp(
+        module,
+        mesh["replica", "shard"] if cut_in_two else mesh["shard"],
+        units=layout.units,
+        reshard=parallel.reshard and parallel.strategy == "fsdp",
+        every_microbatch=parallel.reduce == "microbatch",
+        offload=parallel.offload and device.type == "cuda",
+        bf16=job.train.precision == "bf16",
+    )
+
+
+def _compile(module: nn.Module, units: Sequence[str]) -> None:
+    """Compile ``units`` one by one, as what is gathered between them cannot be; else the whole."""
+    for part in [module.get_submodule(name) for name in units] or [module]:
+        part.compile()
 
 
 def _precision(job: Job, device: torch.device) -> Precision:

@@ -1,18 +1,19 @@
-"""The engine over plain torch: one process, or DistributedDataParallel over several."""
+"""The engine over plain torch: one process, or copies or shards of the model on several."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..core.contracts import Batch, DrawsSamples, Engine, Fill, Recipe, Shard, ShardedState, StepResult
 from .ema import Ema
+from .shards import Weight, clip_grad_norm, shard_of
+from .spread import Spread
 
 #: Called with the phase that begins: "forward", "backward", "optimizer".
 Mark = Callable[[str], None]
@@ -27,12 +28,14 @@ class Trained:
     """A part of the recipe, ready to be trained.
 
     Attributes:
-        module: as it is called in training: wrapped where the strategy wraps.
-        optimizers: each with its peak learning rates; every trainable parameter is in one of them.
+        spread: its module, as the strategy spreads it over the data-parallel ranks.
+        weights: its trainable parameters.
+        optimizers: each with its peak learning rates; each weight's piece is in one of them.
         every: it is trained in every so many steps.
     """
 
-    module: nn.Module
+    spread: Spread
+    weights: Sequence[Weight]
     optimizers: Sequence[torch.optim.Optimizer]
     every: int = 1
 
@@ -41,7 +44,12 @@ class TorchEngine(Engine):
     """Trains a recipe's parts one after the other, each with optimizers of its own.
 
     Gradients of a step are the mean over the step's samples, whichever rank computed them: each microbatch's mean loss
-    is scaled by its weight (and by the number of ranks, since DDP averages over them).
+    is scaled by its weight (and by the number of data-parallel ranks, since strategies average over them).
+
+    Args:
+        world: number of ranks.
+        data_ranks: number of data-parallel ranks; the others compute the same samples together with one of these.
+        counts: whether this rank's share of a loss counts: one rank's of each group that computes the same samples.
     """
 
     def __init__(
@@ -49,7 +57,9 @@ class TorchEngine(Engine):
         recipe: Recipe,
         parts: Mapping[str, Trained],
         *,
+        world: int,
         data_ranks: int,
+        counts: bool,
         clip_norm: float | None,
         ema: Ema | None,
         precision: Precision,
@@ -62,7 +72,7 @@ class TorchEngine(Engine):
         self._groups = [
             (group, group["lr"]) for part in parts.values() for opt in part.optimizers for group in opt.param_groups
         ]
-        self._data_ranks = data_ranks
+        self._world, self._data_ranks, self._counts = world, data_ranks, counts
         self._clip_norm = clip_norm
         self._ema = ema
         self._precision = precision
@@ -78,13 +88,15 @@ class TorchEngine(Engine):
         for name, part in self._parts.items():
             if step % part.every:
                 continue
-            for optimizer in part.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            for weight in part.weights:
+                weight.clear()
             with self._others_frozen(name):
                 losses[name] = self._accumulate(name, microbatches)
             self._mark("optimizer")
+            for weight in part.weights:
+                weight.collect()
             if self._clip_norm is not None:
-                norms[name] = nn.utils.clip_grad_norm_(part.module.parameters(), self._clip_norm)
+                norms[name] = clip_grad_norm(part.weights, self._clip_norm)
             for optimizer in part.optimizers:
                 optimizer.step()
         if self._ema is not None:
@@ -94,13 +106,7 @@ class TorchEngine(Engine):
     @contextlib.contextmanager
     def _others_frozen(self, name: str) -> Generator[None]:
         """No gradient is computed for the weights of the parts that only help to train ``name``."""
-        others = [
-            parameter
-            for other, part in self._parts.items()
-            if other != name
-            for parameter in part.module.parameters()
-            if parameter.requires_grad
-        ]
+        others = [weight.whole for other, part in self._parts.items() if other != name for weight in part.weights]
         for parameter in others:
             parameter.requires_grad_(False)
         try:
@@ -111,56 +117,62 @@ class TorchEngine(Engine):
 
     def _accumulate(self, name: str, microbatches: Sequence[Batch]) -> Tensor:
         """Forward and backward over all microbatches; this rank's share of the step's mean loss."""
-        module = self._parts[name].module
-        # A helper is called without its wrapper, which would wait for gradients that never come.
-        modules = {other: unwrapped(part.module) for other, part in self._parts.items()} | {name: module}
+        spread = self._parts[name].spread
+        modules = self._helping() | {name: spread.trained}
         total: Tensor | None = None
         for batch in microbatches:
             last = batch is microbatches[-1]
             self._reseed(batch.step, batch.index, self.parts.index(name))
-            with _reduction(module, last):
+            with spread.reducing(last):
                 self._mark("forward")
                 with self._precision():
                     loss = self._recipe.loss(name, modules, batch)
                 self._mark("backward")
                 scale = batch.weight * self._data_ranks
                 loss.backward(None if scale == 1 else torch.full_like(loss, scale))
-            share = loss.detach().float() * batch.weight
+            for part in self._parts.values():
+                part.spread.rest()
+            share = loss.detach().float() * (batch.weight if self._counts else 0.0)
             total = share if total is None else total + share
         assert total is not None, "a rank without microbatches"
         return total
 
+    def _helping(self) -> dict[str, nn.Module]:
+        return {name: part.spread.helping for name, part in self._parts.items()}
+
     def share_buffers(self) -> None:
-        for part in self._parts.values():
-            if isinstance(part.module, DistributedDataParallel) and part.module.modules_buffers:
-                part.module._sync_buffers()  # pyright: ignore[reportPrivateUsage]  # what DDP does before a forward pass
+        if self._world > 1:
+            for part in self._parts.values():
+                for buffer in part.spread.module.buffers():
+                    dist.broadcast(buffer, 0)
 
     @contextlib.contextmanager
     def evaluating(self) -> Generator[None]:
         self.share_buffers()
-        modules = [unwrapped(part.module) for part in self._parts.values()]
-        for module in modules:
-            module.eval()
+        spreads = [part.spread for part in self._parts.values()]
+        for spread in spreads:
+            spread.module.eval()
         try:
             with self._ema.in_place() if self._ema is not None else contextlib.nullcontext():
                 yield
+                for spread in spreads:
+                    spread.rest()
         finally:
-            for module in modules:
-                module.train()
+            for spread in spreads:
+                spread.module.train()
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        modules = {name: unwrapped(part.module) for name, part in self._parts.items()}
-        with torch.inference_mode(), self._precision():
-            return self._recipe.metrics(modules, batch)
+        with torch.no_grad(), self._precision():  # not inference_mode: weights gathered in it could not be trained
+            return self._recipe.metrics(self._helping(), batch)
 
     def samples(self) -> Mapping[str, Tensor]:
         if not isinstance(self._recipe, DrawsSamples):
             return {}
-        with torch.inference_mode(), self._precision():
-            return self._recipe.samples({name: unwrapped(part.module) for name, part in self._parts.items()})
+        with torch.no_grad(), self._precision():
+            return self._recipe.samples(self._helping())
 
     def state(self) -> ShardedState:
-        return {name: Shard(tuple(t.shape), (0,) * t.dim(), t) for name, t in self._tensors()}
+        return dict(self._shards())
 
     def load(self, fill: Fill) -> None:
         for part in self._parts.values():
@@ -168,31 +180,21 @@ class TorchEngine(Engine):
                 _materialize(optimizer)
         fill(self.state())
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _shards(self) -> Iterator[tuple[str, Shard]]:
         for name, part in self._parts.items():
-            module = unwrapped(part.module)
+            module = part.spread.module
             for fqn, tensor in module.state_dict(keep_vars=True).items():
-                yield f"model.{name}.{fqn}", tensor.detach()
-            states = {p: state for optimizer in part.optimizers for p, state in optimizer.state.items()}
+                yield f"model.{name}.{fqn}", shard_of(tensor.detach())
+            states = {piece: state for optimizer in part.optimizers for piece, state in optimizer.state.items()}
+            weights = {weight.whole: weight for weight in part.weights}
             for fqn, parameter in module.named_parameters():
-                for slot, value in sorted(states.get(parameter, {}).items()):
-                    if isinstance(value, Tensor):
-                        yield f"optimizer.{name}.{fqn}.{slot}", value
+                if (weight := weights.get(parameter)) is not None:
+                    for slot, value in sorted(states.get(weight.piece, {}).items()):
+                        if isinstance(value, Tensor):
+                            yield f"optimizer.{name}.{fqn}.{slot}", weight.like(value)
         if self._ema is not None:
             for fqn, average in self._ema.tensors():
-                yield f"ema.{fqn}", average
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The recipe's own module under a strategy's wrapper."""
-    return cast(nn.Module, module.module) if isinstance(module, DistributedDataParallel) else module
-
-
-def _reduction(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:
-    """Gradients are reduced in the backward of a step's last microbatch only."""
-    if isinstance(module, DistributedDataParallel) and not last:
-        return module.no_sync()
-    return contextlib.nullcontext()
+                yield f"ema.{fqn}", shard_of(average)
 
 
 def _materialize(optimizer: torch.optim.Optimizer) -> None:
