@@ -51,7 +51,7 @@ class Layout:
         tensor_sizes: numbers that the ranks of a tensor group share evenly, such as ``{"attention heads": 8}``, beside
             the sizes of the matrices themselves; the names are for messages.
         double_backward: whether the loss differentiates through gradients, as Wasserstein-GP's penalty does. Such a
-            part cannot be sharded: its weights are freed after the first backward.
+            part cannot be sharded, since its weights are freed after the first backward, and has no static graph.
     """
 
     units: tuple[str, ...] = ()

@@ -77,16 +77,26 @@ def check_parts(job: Job, recipe: Recipe, modules: Mapping[str, nn.Module]) -> N
         if name not in modules:
             hint = did_you_mean(name, modules)
             raise JobError(Problem(f"{job.recipe} has no part '{name}'", "train.parts", hint))
-    layouts = {name: recipe.layout(name) for name in modules}
-    if job.parallel.tensor > 1 and not any(layout.tensor for layout in layouts.values()):
+    if job.parallel.cuts_weights or job.parallel.static_graph or job.train.recompute:
+        _check_layouts(job, {name: (module, recipe.layout(name)) for name, module in modules.items()})
+
+
+def _check_layouts(job: Job, parts: Mapping[str, tuple[nn.Module, Layout]]) -> None:
+    parallel = job.parallel
+    if parallel.tensor > 1 and not any(layout.tensor for _, layout in parts.values()):
         what = f"the layout of {job.recipe} has no rules for tensor parallelism"
         raise JobError(Problem(what, "parallel.tensor", "1 would do"))
-    for name, layout in layouts.items():
-        if job.parallel.cuts_weights and layout.double_backward:
-            what = f"the loss of part '{name}' differentiates through gradients, which needs whole weights"
-            raise JobError(Problem(what, "parallel", "strategy: ddp without tensor"))
-        if job.parallel.tensor > 1:
-            check_cut(name, modules[name], layout, job.parallel.tensor)
+    for name, (module, layout) in parts.items():
+        if layout.double_backward and (parallel.cuts_weights or parallel.static_graph):
+            what = f"the loss of part '{name}' differentiates through gradients: weights must be whole, the graph free"
+            raise JobError(Problem(what, "parallel", "strategy: ddp without static_graph and tensor would do"))
+        submodules = {found for found, _ in module.named_modules()}
+        for unit in layout.units:
+            if unit not in submodules:
+                what = f"the layout of part '{name}' has a unit '{unit}', which is no submodule"
+                raise JobError(Problem(what, "recipe", did_you_mean(unit, submodules - {""})))
+        if parallel.tensor > 1:
+            check_cut(name, module, layout, parallel.tensor)
 
 
 def _mesh(parallel: Parallel, world: int, device: torch.device) -> DeviceMesh | None:

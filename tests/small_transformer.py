@@ -74,8 +74,10 @@ class Transformer(nn.Module):
 
 
 class Recipe(dltrain.Recipe):
-    def __init__(self, *, tied: bool = False) -> None:
-        self.tied = tied
+    """``unit`` and ``row`` are names to add to the layout."""
+
+    def __init__(self, *, tied: bool = False, unit: str = "blocks.1", row: str = "blocks.*.mlp.down") -> None:
+        self.tied, self.unit, self.row = tied, unit, row
 
     def parts(self) -> dict[str, nn.Module]:
         return {"net": Transformer(tied=self.tied)}
@@ -83,10 +85,10 @@ class Recipe(dltrain.Recipe):
     def layout(self, part: str) -> Layout:
         attention = {f"blocks.*.attention.{name}": "column" for name in "qkv"}
         mlp = {"blocks.*.mlp.gate": "column", "blocks.*.mlp.up": "column", "blocks.*.mlp.drop": "dropout"}
-        rows = {"blocks.*.attention.o": "row", "blocks.*.mlp.down": "row"}
+        rows = {"blocks.*.attention.o": "row", "blocks.*.mlp.down": "row", self.row: "row"}
         ends = {"embedding": "embedding", "head": "whole_column"}
         return Layout(
-            units=("blocks.0", "blocks.1"), tensor=attention | mlp | rows | ends, tensor_sizes={"groups of heads": 2}
+            units=("blocks.0", self.unit), tensor=attention | mlp | rows | ends, tensor_sizes={"groups of heads": 2}
         )
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:

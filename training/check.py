@@ -38,13 +38,13 @@ def _check_recipe(job: Job) -> None:
     try:
         recipe = load_recipe(job)
         parts = _build(recipe)
+        check_parts(job, recipe, parts)
     except JobError:
         raise
     except Exception as error:  # a user's recipe may raise anything
         raise JobError(Problem(f"{job.recipe} cannot be built\n{_users_traceback(error)}", "recipe")) from error
     if not parts:
         raise JobError(Problem(f"{job.recipe} has no parts to train", "recipe"))
-    check_parts(job, recipe, parts)
 
 
 def _build(recipe: Recipe) -> dict[str, nn.Module]:
