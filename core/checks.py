@@ -35,8 +35,9 @@ def check_job(
     per_node = job.resources.nproc_per_node
     if world is None and isinstance(per_node, int):
         world = job.resources.nodes * per_node
-    batch = _batch(job, world) if world is not None else ()
-    problems = [*_evaluation(job), *_watching(job), *batch, *check_zero(job, world)]
+    problems = [*_evaluation(job), *_watching(job), *_optimizers(job), *check_zero(job, world)]
+    if world is not None:
+        problems += _batch(job, world)
     return [*check_references(job, place, recipes=recipes), *_placed(problems, place)]
 
 
@@ -128,6 +129,18 @@ def _watching(job: Job) -> Iterator[Problem]:
         yield Problem(what, "train.early_stop.patience", hint)
     if job.train.schedule.name == "plateau":
         yield Problem(what, "train.schedule.name", hint)
+
+
+def _optimizers(job: Job) -> Iterator[Problem]:
+    """Update rules that look at whole matrices, where ranks hold pieces of them."""
+    if not job.parallel.cuts_weights:
+        return
+    named = [("train.optimizer.name", job.train.optimizer.name)]
+    named += [(f"train.parts.{part}", job.train.optimizer_of(part).name) for part in job.train.parts]
+    for where, name in named:
+        if name in ("adafactor", "muon"):
+            what = f"'{name}' needs whole matrices, which this strategy cuts over the ranks"
+            yield Problem(what, where, "adamw would do, or parallel.strategy: ddp without tensor")
 
 
 def _extras(job: Job) -> Iterator[Problem]:

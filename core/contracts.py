@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from .runs import Box, box_around_run, boxes_of_run
 
@@ -37,15 +37,30 @@ class Batch:
         return self.fields[key]
 
 
+#: How one submodule is cut over a tensor group. 'column': a Linear by its outputs, which stay cut along the last axis.
+#: 'row': a Linear by its inputs, which come cut along the last axis; its outputs are whole. A 'column' and the 'row' it
+#: feeds need one all-reduce between them. 'whole_column': by its outputs, which are gathered. 'embedding': an Embedding
+#: by its vocabulary. 'dropout': a Dropout of values that are cut along the last axis: the mask of the whole, sliced.
+TensorRule = Literal["column", "row", "whole_column", "embedding", "dropout"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a part may be cut, as data beside the model: names of modules, no code.
 
     Attributes:
         units: names of the submodules that are sharded and gathered as one (FSDP units, checkpointing units).
+        tensor: how tensor parallelism cuts submodules, by name; ``*`` stands for one component of a name.
+        tensor_sizes: numbers that the ranks of a tensor group share evenly, such as ``{"attention heads": 8}``, beside
+            the sizes of the matrices themselves; the names are for messages.
+        double_backward: whether the loss differentiates through gradients, as Wasserstein-GP's penalty does. Such a
+            part cannot be sharded, since its weights are freed after the first backward, and has no static graph.
     """
 
     units: tuple[str, ...] = ()
+    tensor: Mapping[str, TensorRule] = field(default_factory=dict[str, "TensorRule"])
+    tensor_sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+    double_backward: bool = False
 
 
 @runtime_checkable
@@ -120,6 +135,10 @@ class Shard:
         """The box of the tensor that this piece is read from: its own."""
         return self.offset, tuple(self.data.shape)
 
+    def take(self, box: Tensor) -> None:
+        """Copy the piece out of the tensor's :meth:`bounds`."""
+        self.data.copy_(box)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -147,19 +166,22 @@ class Run:
         """The box of the tensor that the run is read from; it may hold more than the run."""
         return box_around_run(self.shape, self.start, self.start + self.data.numel())
 
-    def within(self, box: Tensor) -> Tensor:
-        """The run's elements, of shape ``[n]``, out of the tensor's :meth:`bounds`."""
+    def take(self, box: Tensor) -> None:
+        """Copy the run out of the tensor's :meth:`bounds`."""
         offset, extents = self.bounds()
         strides = [prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
         skipped = self.start - sum(index * stride for index, stride in zip(offset, strides, strict=True))
         assert tuple(box.shape) == extents, f"a box of {extents}, not {tuple(box.shape)}"
-        return box.reshape(-1)[skipped : skipped + self.data.numel()]
+        self.data.copy_(box.reshape(-1)[skipped : skipped + self.data.numel()])
 
 
 #: State of an engine by fully qualified name: ``model.<part>.<fqn>`` for weights and buffers,
 #: ``optimizer.<part>.<fqn>.<slot>`` for the optimizer's, ``ema.<part>.<fqn>`` for averaged weights. The same names
 #: under every strategy.
 ShardedState = Mapping[str, Shard | Run]
+
+#: Fills each shard's tensor, in place, with the same slice of a saved tensor of the same name.
+Fill = Callable[[ShardedState], None]
 
 
 @dataclass(frozen=True)
@@ -213,12 +235,15 @@ class Engine(ABC):
 
     @abstractmethod
     def state(self) -> ShardedState:
-        """This rank's shards of weights, buffers and optimizer state. The tensors are live: copy to keep."""
+        """This rank's shards of weights, buffers and optimizer state. The tensors are live: copy to keep.
+
+        Collective.
+        """
 
     @abstractmethod
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over state by the names of :meth:`state`; every tensor is the whole, or the bounds of this rank's piece.
+    def load(self, fill: Fill) -> None:
+        """Take over saved state: ``fill`` is given this rank's shards, by the names of :meth:`state`, in one call.
 
-        Raises:
-            KeyError: a tensor is missing.
+        The optimizer's are among them, also before the first step. What ``fill`` raises comes through; then the
+        engine's state is undefined until another ``load`` succeeds.
         """

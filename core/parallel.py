@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .errors import JobError, Problem
 
@@ -16,19 +16,70 @@ class Parallel(BaseModel):
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    strategy: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
-    """'ddp': every rank holds the whole model, gradients are averaged (torch DistributedDataParallel). DeepSpeed's
-    ZeRO (needs the 'deepspeed' extra) deals to the ranks: 'zero1' the optimizer's state, 'zero2' the gradients too,
-    'zero3' the weights too."""
+    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    """'ddp': every rank holds the whole model, gradients are averaged (torch DistributedDataParallel). 'fsdp': weights,
+    gradients and the optimizer's state are cut over the ranks, and the weights of one unit of the model at a time are
+    gathered where they are needed (torch FSDP2). DeepSpeed's ZeRO (needs the 'deepspeed' extra) deals to the ranks:
+    'zero1' the optimizer's state, 'zero2' the gradients too, 'zero3' the weights too."""
+    tensor: int = Field(default=1, gt=0)
+    """Neighbouring ranks that compute the same microbatches together, each with its share of the model's matrices
+    (tensor parallelism, by the rules of the recipe's layout). The others are data-parallel."""
     bucket_mb: float = Field(default=25.0, gt=0)
-    """Size of the buckets in which gradients are reduced during backward, in MiB. zero1, zero2 and zero3 take it where
-    the DeepSpeed configuration says nothing of it."""
+    """ddp: size of the gradient buckets whose all-reduce overlaps with backward, in MiB. zero1, zero2 and zero3 take it
+    where the DeepSpeed configuration says nothing of it."""
+    static_graph: bool = False
+    """ddp: promise that every step uses the same parameters in the same order, so that fewer checks are made."""
+    compress: Literal["none", "bf16", "powersgd"] = "none"
+    """ddp: send gradients as bfloat16, or as matrices of low rank (PowerSGD). Both lose precision: the numbers differ
+    from those of one process. A resumed run begins PowerSGD's memory of past errors anew."""
+    powersgd_rank: int = Field(default=1, gt=0)
+    """Rank of PowerSGD's matrices: a higher one loses less, and sends more."""
+    powersgd_start: int = Field(default=100, ge=2)
+    """Optimizer steps with whole gradients before PowerSGD begins, after every start."""
+    replicas: int = Field(default=1, gt=0)
+    """fsdp: copies of the model. Each is cut over the ranks of its own, and gradients are averaged over the copies
+    (hybrid sharding); with one copy per node, weights are gathered within the node only."""
+    reshard: bool = True
+    """fsdp: free a unit's gathered weights after forward and gather them again for backward; false keeps them."""
+    reduce: Literal["step", "microbatch"] = "step"
+    """fsdp: when gradients are reduced. 'step': with the last microbatch, so that each rank keeps whole gradients until
+    then. 'microbatch': every time, so that it keeps its shards only, at the price of more bytes sent."""
     offload: Literal["none", "cpu"] = "none"
-    """Where zero1, zero2 and zero3 keep the optimizer's state and carry out its updates, and zero3 its weights too:
-    on the rank's device, or in the host's memory."""
+    """fsdp and zero1, zero2, zero3: where the optimizer's state is kept and its updates are carried out, and with fsdp
+    and zero3 the weights' pieces too: on the rank's device, or in the host's memory."""
     deepspeed: str | None = None
-    """Path of a DeepSpeed configuration (JSON) for zero1, zero2 and zero3, such as bucket sizes. What it says of the
-    batch, the optimizer, the precision and the like must be what the job says."""
+    """zero1, zero2, zero3: path of a DeepSpeed configuration (JSON), such as bucket sizes. What it says of the batch,
+    the optimizer, the precision and the like must be what the job says."""
+
+    @model_validator(mode="after")
+    def _options_fit_the_strategy(self) -> Self:
+        plain_ddp = self.strategy == "ddp" and self.tensor == 1
+        for name in ("static_graph", "compress"):
+            if not plain_ddp and self._is_set(name):
+                raise ValueError(f"'{name}' is for the strategy 'ddp' without 'tensor'")
+        if not plain_ddp and not self.zero_stage and self._is_set("bucket_mb"):
+            raise ValueError("'bucket_mb' is for the strategy 'ddp' without 'tensor', and for zero1, zero2, zero3")
+        for name in ("replicas", "reshard", "reduce"):
+            if self.strategy != "fsdp" and self._is_set(name):
+                raise ValueError(f"'{name}' is for the strategy 'fsdp'")
+        if self.strategy == "ddp" and self._is_set("offload"):
+            raise ValueError("'offload' is for the strategies fsdp, zero1, zero2 and zero3")
+        if not self.zero_stage and self._is_set("deepspeed"):
+            raise ValueError("'deepspeed' is for the strategies zero1, zero2 and zero3")
+        if self.zero_stage and self.tensor > 1:
+            raise ValueError("'tensor' is for the strategies ddp and fsdp")
+        for name in ("powersgd_rank", "powersgd_start"):
+            if self.compress != "powersgd" and self._is_set(name):
+                raise ValueError(f"'{name}' is for compress 'powersgd'")
+        return self
+
+    def _is_set(self, name: str) -> bool:
+        return getattr(self, name) != type(self).model_fields[name].default
+
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether ranks hold pieces of matrices, so that an update rule cannot look at a whole one."""
+        return self.strategy != "ddp" or self.tensor > 1
 
     @property
     def zero_stage(self) -> int:
@@ -39,11 +90,31 @@ class Parallel(BaseModel):
         """The device mesh of ``world`` ranks, outermost axis first; the sizes multiply to ``world``.
 
         Raises:
-            JobError: ``world`` is not positive.
+            JobError: ``world`` is not positive, or cannot be dealt to the axes evenly.
         """
         if world < 1:
             raise JobError(Problem(f"a world needs at least one rank, not {world}", "resources"))
-        return {"data": world}
+        if world % self.tensor:
+            what = f"{world} ranks cannot be dealt to groups of {self.tensor}"
+            raise JobError(Problem(what, "parallel.tensor", f"{nearest_divisor(world, self.tensor)} would do"))
+        data = world // self.tensor
+        if data % self.replicas:
+            what = f"{data} data-parallel ranks cannot be dealt to {self.replicas} replicas"
+            raise JobError(Problem(what, "parallel.replicas", f"{nearest_divisor(data, self.replicas)} would do"))
+        return {"data": data, "tensor": self.tensor}
+
+    def place(self, rank: int, world: int) -> dict[str, int]:
+        """Where ``rank`` stands on each of the :meth:`axes`, the last of which varies fastest."""
+        found: dict[str, int] = {}
+        for name, size in reversed(self.axes(world).items()):
+            rank, found[name] = divmod(rank, size)
+        return found
+
+
+def nearest_divisor(number: int, near: int) -> int:
+    """The divisor of ``number`` that is nearest to ``near``; the smaller of two."""
+    divisors = (d for d in range(1, number + 1) if number % d == 0)
+    return min(divisors, key=lambda d: (abs(d - near), d))
 
 
 def microbatches_per_step(microbatches: int | Literal["auto"], *, global_batch: int, data: int) -> int:

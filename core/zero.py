@@ -20,7 +20,6 @@ from .suggest import similar_files
 
 _VERSION = "0.19"  # whose insides strategies/deepspeed_state.py knows
 _FILE = "parallel.deepspeed"
-_OPTIMIZERS = ("sgd", "adam", "adamw")
 _HANDS_OFF = "leave it out of the file"
 
 # Keys that would break what a job promises, by what they would do.
@@ -53,20 +52,10 @@ def check_zero(job: Job, world: int | None) -> Iterator[Problem]:
     """What is wrong with the job's use of DeepSpeed, on ``world`` ranks where that is known."""
     stage = job.parallel.zero_stage
     if not stage:
-        for key in ("deepspeed", "offload"):
-            if getattr(job.parallel, key) not in (None, "none"):
-                yield Problem(f"'{job.parallel.strategy}' does not use it", f"parallel.{key}", "zero1, zero2, zero3 do")
         return
     yield from _installed()
     if job.train.compile:
         yield Problem("DeepSpeed's hooks are not compiled", "train.compile", "ddp can be compiled")
-    names = {"train.optimizer.name": job.train.optimizer.name}
-    names |= {f"train.parts.{part}.name": job.train.optimizer_of(part).name for part in job.train.parts}
-    for where, name in names.items():
-        if name not in _OPTIMIZERS:
-            what = f"'{name}' needs whole matrices, of which a rank has only a piece with {job.parallel.strategy}"
-            yield Problem(what, where, f"one of {', '.join(_OPTIMIZERS)}")
-            break
     try:
         native = read_native(job)
     except JobError as error:

@@ -114,18 +114,22 @@ def eval_batches(
     batch_size: int,
     normalizer: Normalizer | None = None,
 ) -> Iterator[tuple[Batch, int]]:
-    """The samples at ``indices``, each exactly once over all ranks: (batch, number of its samples).
+    """The samples at ``indices``, each exactly once over all ranks: (batch, number of its samples that count).
 
-    The cut into batches does not depend on the number of ranks, which are dealt whole batches in contiguous runs; so
-    ranks may get different numbers of batches, or none. Weights are shares of all samples.
+    The cut into batches does not depend on the number of ranks, which are dealt whole batches in contiguous runs. All
+    ranks get the same number of batches, since forward passes may be collective: who has one less gets the first sample
+    once more, with weight 0 and a count of 0. Weights are shares of all samples.
     """
     normalizer = normalizer or Normalizer()
     count = math.ceil(len(indices) / batch_size)
-    for index in range(count * rank // data_ranks, count * (rank + 1) // data_ranks):
-        places = np.arange(index * batch_size, min((index + 1) * batch_size, len(indices)), dtype=np.int64)
+    mine = range(count * rank // data_ranks, count * (rank + 1) // data_ranks)
+    for index in (*mine, *(count for _ in range(math.ceil(count / data_ranks) - len(mine)))):
+        counted = index < count
+        start, stop = (index * batch_size, min((index + 1) * batch_size, len(indices))) if counted else (0, 1)
         with _keyed_randomness(derive(0, "evaluate", index)):  # a data set that draws gives the same every time
-            fields = normalizer.apply(source.fetch(look_up(indices, places)))
-        yield Batch(fields, step=0, index=index, weight=len(places) / len(indices)), len(places)
+            fields = normalizer.apply(source.fetch(look_up(indices, np.arange(start, stop, dtype=np.int64))))
+        samples = stop - start if counted else 0
+        yield Batch(fields, step=0, index=index, weight=samples / len(indices)), samples
 
 
 @dataclass(frozen=True)

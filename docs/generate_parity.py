@@ -34,6 +34,9 @@ def main() -> None:
     for cell in CELLS:
         figures: list[str] = []
         for job in JOBS:
+            if job not in cell.jobs:
+                figures.append("–")
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 apart = measure(job, cell, Path(folder))
             figures.append(f"{apart.loss:.0e}, {apart.weight:.0e}")

@@ -31,8 +31,12 @@ from .entry import run_child
 from .janitor import sweep
 from .messages import ChildSpec, Exit
 
-#: Imported before the first fork. `torch._dynamo` is what the first optimizer step would import (a second per rank).
-PRELOAD = ("torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "dltrain.training.worker")
+#: Imported before the first fork: what the first optimizer step would import (`torch._dynamo`, a second per rank), and
+#: the first checkpoint of shards.
+PRELOAD = (
+    *("torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo"),
+    *("torch.distributed.checkpoint.planner_helpers", "dltrain.training.worker"),
+)
 
 _MAX_MESSAGE = 1 << 16
 _MAX_FDS = 8

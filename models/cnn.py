@@ -117,7 +117,10 @@ class CnnRecipe:
         return {"cnn": Cnn(self.config)}
 
     def layout(self, part: str) -> Layout:
-        return Layout(units=(*(f"convolutions.{i}" for i in range(len(self.config.widths))), "hidden", "logits"))
+        return Layout(
+            units=(*(f"convolutions.{i}" for i in range(len(self.config.widths))), "hidden", "logits"),
+            tensor={"hidden": "column", "dropout": "dropout", "logits": "row"},
+        )
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:
         return cross_entropy(parts[part](batch["x"]), batch["y"], smoothing=self.config.label_smoothing)

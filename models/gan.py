@@ -102,7 +102,7 @@ class GanRecipe:
         return {"discriminator": _discriminator(self.config), "generator": _generator(self.config)}
 
     def layout(self, part: str) -> Layout:
-        return Layout()
+        return Layout(double_backward=part == "discriminator" and self.config.loss == "wasserstein")
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:
         real = batch["x"]

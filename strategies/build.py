@@ -3,66 +3,150 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..core.contracts import Engine, Recipe
+from ..core.contracts import Engine, Layout, Recipe
 from ..core.errors import JobError, Problem, did_you_mean
 from ..core.job import Job
+from ..core.parallel import Parallel
+from .ddp import Ddp
 from .ema import Ema, trainable
+from .fsdp import Fsdp
 from .optimizers import build_optimizers
 from .passes import Mark, Passes, Precision, Reseed
 from .recompute import recompute
+from .shards import Weight
+from .spread import Alone, Spread
+from .tensor import check_cut, cut
 from .torch_engine import TorchEngine, Trained
 
 
-def build_engine(job: Job, recipe: Recipe, *, world: int, device: torch.device, reseed: Reseed, mark: Mark) -> Engine:
+def build_engine(
+    job: Job, recipe: Recipe, *, rank: int, world: int, device: torch.device, reseed: Reseed, mark: Mark
+) -> Engine:
     """The engine that ``job.parallel`` asks for, on a process group of ``world`` ranks (none is needed for one).
 
     Every rank must have seeded torch alike, so that all start from the same weights.
 
     Raises:
-        JobError: the job's optimizers do not fit the recipe's parts.
+        JobError: the job does not fit the recipe's parts.
     """
-    axes = job.parallel.axes(world)
+    parallel = job.parallel
+    axes = parallel.axes(world)
     modules = {name: part.to(device).train() for name, part in recipe.parts().items()}
-    check_parts(job, modules)
-    for name, module in modules.items():
-        if job.train.recompute:
-            recompute(module, recipe.layout(name).units)
-    passes = Passes(recipe, axes["data"], _precision(job, device), reseed, mark)
-    if job.parallel.zero_stage:
-        from .deepspeed_engine import ZeroEngine  # DeepSpeed is an extra
-
-        return ZeroEngine(passes, modules, job, world=world, device=device)
+    check_parts(job, recipe, modules)
+    passes = Passes(
+        recipe,
+        axes["data"],
+        counts=parallel.place(rank, world)["tensor"] == 0,
+        precision=_precision(job, device),
+        reseed=reseed,
+        mark=mark,
+    )
+    if parallel.zero_stage:
+        return _zero(passes, modules, job, world=world, device=device)
+    mesh = _mesh(parallel, world, device)
     parts: dict[str, Trained] = {}
     for name, module in modules.items():
+        layout = recipe.layout(name)
+        if mesh is not None and parallel.tensor > 1:
+            cut(module, layout, mesh["tensor"])
+        if job.train.recompute:
+            recompute(module, layout.units)
         if job.train.compile:
-            module.compile()
-        wrapped = _ddp(module, device, job.parallel.bucket_mb) if axes["data"] > 1 else module
+            _compile(module, layout.units if mesh is not None else ())
+        spread = _spread(job, module, layout, axes["data"], mesh, device)
+        weights = [Weight(parameter) for parameter in module.parameters() if parameter.requires_grad]
         spec = job.train.optimizer_of(name)
-        parts[name] = Trained(wrapped, build_optimizers(module, spec), spec.every)
+        optimizers = build_optimizers(module, spec, [weight.piece for weight in weights])
+        parts[name] = Trained(spread, weights, optimizers, spec.every)
     ema = Ema(trainable(modules), job.train.ema) if job.train.ema is not None else None
-    return TorchEngine(passes, parts, clip_norm=job.train.clip_norm, ema=ema)
+    return TorchEngine(passes, parts, world=world, clip_norm=job.train.clip_norm, ema=ema)
 
 
-def check_parts(job: Job, modules: dict[str, nn.Module]) -> None:
-    """Refuse optimizers for parts that the recipe does not have.
+def _zero(passes: Passes, modules: Mapping[str, nn.Module], job: Job, *, world: int, device: torch.device) -> Engine:
+    from .deepspeed_engine import ZeroEngine  # DeepSpeed is an extra
+
+    if job.train.recompute:
+        for name, module in modules.items():
+            recompute(module, passes.recipe.layout(name).units)
+    return ZeroEngine(passes, modules, job, world=world, device=device)
+
+
+def check_parts(job: Job, recipe: Recipe, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse what does not fit the recipe's parts, which may be on the meta device.
 
     Raises:
-        JobError: there is one.
+        JobError: optimizers for parts that there are not, or a way to cut parts that they do not allow.
     """
     for name in job.train.parts:
         if name not in modules:
             hint = did_you_mean(name, modules)
             raise JobError(Problem(f"{job.recipe} has no part '{name}'", "train.parts", hint))
+    if job.parallel.cuts_weights or job.parallel.static_graph or job.train.recompute:
+        _check_layouts(job, {name: (module, recipe.layout(name)) for name, module in modules.items()})
 
 
-def _ddp(part: nn.Module, device: torch.device, bucket_mb: float) -> nn.Module:
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(part, device_ids=ids, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
+def _check_layouts(job: Job, parts: Mapping[str, tuple[nn.Module, Layout]]) -> None:
+    parallel = job.parallel
+    if parallel.tensor > 1 and not any(layout.tensor for _, layout in parts.values()):
+        what = f"the layout of {job.recipe} has no rules for tensor parallelism"
+        raise JobError(Problem(what, "parallel.tensor", "1 would do"))
+    for name, (module, layout) in parts.items():
+        if layout.double_backward and (parallel.cuts_weights or parallel.static_graph):
+            what = f"the loss of part '{name}' differentiates through gradients: weights must be whole, the graph free"
+            raise JobError(Problem(what, "parallel", "strategy: ddp without static_graph and tensor would do"))
+        submodules = {found for found, _ in module.named_modules()}
+        for unit in layout.units:
+            if unit not in submodules:
+                what = f"the layout of part '{name}' has a unit '{unit}', which is no submodule"
+                raise JobError(Problem(what, "recipe", did_you_mean(unit, submodules - {""})))
+        if parallel.tensor > 1:
+            check_cut(name, module, layout, parallel.tensor)
+
+
+def _mesh(parallel: Parallel, world: int, device: torch.device) -> DeviceMesh | None:
+    """The ranks as (replica, shard, tensor), where weights are cut; None where every rank holds all of them.
+
+    Copies of a model that is cut over tensor groups are replicas with a single shard each: DistributedDataParallel does
+    not take pieces.
+    """
+    if world == 1 or not parallel.cuts_weights:
+        return None
+    data = parallel.axes(world)["data"]
+    replicas = parallel.replicas if parallel.strategy == "fsdp" else data
+    sizes = (replicas, data // replicas, parallel.tensor)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("replica", "shard", "tensor"))
+
+
+def _spread(
+    job: Job, module: nn.Module, layout: Layout, data: int, mesh: DeviceMesh | None, device: torch.device
+) -> Spread:
+    parallel = job.parallel
+    if data == 1:
+        return Alone(module)
+    if mesh is None:
+        return Ddp(module, parallel, device)
+    cut_in_two = parallel.replicas > 1 or parallel.strategy == "ddp"
+    return Fsdp(
+        module,
+        mesh["replica", "shard"] if cut_in_two else mesh["shard"],
+        units=layout.units,
+        reshard=parallel.reshard and parallel.strategy == "fsdp",
+        every_microbatch=parallel.reduce == "microbatch",
+        offload=parallel.offload == "cpu" and device.type == "cuda",
+        bf16=job.train.precision == "bf16",
+    )
+
+
+def _compile(module: nn.Module, units: Sequence[str]) -> None:
+    """Compile ``units`` one by one, as what is gathered between them cannot be; else the whole."""
+    for part in [module.get_submodule(name) for name in units] or [module]:
+        part.compile()
 
 
 def _precision(job: Job, device: torch.device) -> Precision:

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.contracts import Batch, Engine, Run, Shard, ShardedState, StepResult
+from ..core.contracts import Batch, Engine, Fill, Run, Shard, ShardedState, StepResult
 from ..core.job import Job
 from ..core.zero import settings
-from .deepspeed_state import ZeroState, fill
+from .deepspeed_state import ZeroState
 from .ema import Ema
 from .optimizers import build_optimizers
 from .passes import Passes, others_frozen
@@ -154,14 +154,11 @@ class ZeroEngine(Engine):
     def state(self) -> ShardedState:
         return dict(self._pieces())
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, fill: Fill) -> None:
         for part in self._parts.values():
             part.state.make_slots()
             part.state.release()
-        for name, piece in self._pieces():
-            if name not in state:
-                raise KeyError(name)
-            fill(piece, state[name])
+        fill(dict(self._pieces()))
         for part in self._parts.values():
             part.state.load_optimizers_copy()
         self._publish()

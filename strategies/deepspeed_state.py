@@ -123,17 +123,6 @@ class ZeroState:
                 begin += parameter.partition_numel()
 
 
-def fill(piece: Shard | Run, given: Tensor) -> None:
-    """Copy into ``piece`` what was loaded for it: the whole tensor, or the piece's bounds."""
-    with torch.no_grad():
-        if isinstance(piece, Shard):
-            piece.data.copy_(given)
-        elif tuple(given.shape) == piece.shape:
-            piece.data.copy_(given.reshape(-1)[piece.start : piece.start + piece.data.numel()])
-        else:
-            piece.data.copy_(piece.within(given))
-
-
 def _range(parameter: Any) -> tuple[int, int]:
     """Start and length of this rank's range of a parameter under stage 3; the last ones are padded, or empty."""
     size, rank = parameter.partition_numel(), dist.get_rank(parameter.ds_process_group)

@@ -8,6 +8,8 @@ from collections.abc import Generator, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from .shards import local
+
 
 class Ema:
     """Averages weights, or whatever pieces of them this rank holds.
@@ -26,7 +28,7 @@ class Ema:
         decay = min(self._decay, (1 + step) / (10 + step))
         with torch.no_grad():
             for parameter, average in self._pairs.values():
-                average.lerp_(parameter, 1 - decay)
+                local(average).lerp_(local(parameter), 1 - decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Generator[None]:

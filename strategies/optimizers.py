@@ -11,8 +11,12 @@ from torch import nn
 from ..core.job import Optimizer
 
 
-def build_optimizers(module: nn.Module, spec: Optimizer) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    module: nn.Module, spec: Optimizer, pieces: Iterable[nn.Parameter] | None = None
+) -> list[torch.optim.Optimizer]:
     """The optimizers that ``spec`` names, over the module's trainable parameters: one, or two for 'muon'.
+
+    Where this rank holds ``pieces`` of the parameters they are updated instead.
 
     Parameters with fewer than two dimensions (norms, biases) are in a group of their own without weight decay.
 
@@ -21,7 +25,7 @@ def build_optimizers(module: nn.Module, spec: Optimizer) -> list[torch.optim.Opt
     updates are scaled to AdamW's size (Liu et al. 2025, "Muon is scalable for LLM training"), so that one rate suits
     both.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    trainable = [p for p in module.parameters() if p.requires_grad] if pieces is None else list(pieces)
     if spec.name != "muon":
         return [_build(trainable, spec, spec.name)]
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}

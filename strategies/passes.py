@@ -28,10 +28,12 @@ class Passes:
 
     Attributes:
         ranks: data-parallel ranks that gradients are averaged over.
+        counts: whether this rank's share of a loss counts: one rank's of each group that computes the same samples.
     """
 
     recipe: Recipe
     ranks: int
+    counts: bool
     precision: Precision
     reseed: Reseed
     mark: Mark
@@ -55,7 +57,7 @@ class Passes:
             loss = self.recipe.loss(name, modules, batch)
         self.mark("backward")
         backward(loss, batch.weight * self.ranks)
-        return loss.detach().float() * batch.weight
+        return loss.detach().float() * (batch.weight if self.counts else 0.0)
 
     def samples(self, modules: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
         """What the recipe draws with ``modules``; nothing if it does not draw."""

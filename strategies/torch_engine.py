@@ -1,19 +1,20 @@
-"""The engine over plain torch: one process, or DistributedDataParallel over several."""
+"""The engine over plain torch: one process, or copies or shards of the model on several."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ..core.contracts import Batch, Engine, Shard, ShardedState, StepResult
+from ..core.contracts import Batch, Engine, Fill, Shard, ShardedState, StepResult
 from .ema import Ema
 from .passes import Passes, others_frozen
+from .shards import Weight, clip_grad_norm, shard_of
+from .spread import Spread
 
 
 @dataclass(frozen=True)
@@ -21,21 +22,27 @@ class Trained:
     """A part of the recipe, ready to be trained.
 
     Attributes:
-        module: as it is called in training: wrapped where the strategy wraps.
-        optimizers: each with its peak learning rates; every trainable parameter is in one of them.
+        spread: its module, as the strategy spreads it over the data-parallel ranks.
+        weights: its trainable parameters.
+        optimizers: each with its peak learning rates; each weight's piece is in one of them.
         every: it is trained in every so many steps.
     """
 
-    module: nn.Module
+    spread: Spread
+    weights: Sequence[Weight]
     optimizers: Sequence[torch.optim.Optimizer]
     every: int = 1
 
 
 class TorchEngine(Engine):
-    """Trains a recipe's parts one after the other, each with optimizers of its own."""
+    """Trains a recipe's parts one after the other, each with optimizers of its own.
+
+    Args:
+        world: number of ranks.
+    """
 
     def __init__(
-        self, passes: Passes, parts: Mapping[str, Trained], *, clip_norm: float | None, ema: Ema | None
+        self, passes: Passes, parts: Mapping[str, Trained], *, world: int, clip_norm: float | None, ema: Ema | None
     ) -> None:
         self.parts = tuple(parts)
         self._passes = passes
@@ -43,6 +50,7 @@ class TorchEngine(Engine):
         self._groups = [
             (group, group["lr"]) for part in parts.values() for opt in part.optimizers for group in opt.param_groups
         ]
+        self._world = world
         self._clip_norm = clip_norm
         self._ema = ema
 
@@ -55,13 +63,15 @@ class TorchEngine(Engine):
         for name, part in self._parts.items():
             if step % part.every:
                 continue
-            for optimizer in part.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            with others_frozen({other: part.module for other, part in self._parts.items()}, name):
+            for weight in part.weights:
+                weight.clear()
+            with others_frozen(self._modules(), name):
                 losses[name] = self._accumulate(name, microbatches)
             self._passes.mark("optimizer")
+            for weight in part.weights:
+                weight.collect()
             if self._clip_norm is not None:
-                norms[name] = nn.utils.clip_grad_norm_(part.module.parameters(), self._clip_norm)
+                norms[name] = clip_grad_norm(part.weights, self._clip_norm)
             for optimizer in part.optimizers:
                 optimizer.step()
         if self._ema is not None:
@@ -70,85 +80,83 @@ class TorchEngine(Engine):
 
     def _accumulate(self, name: str, microbatches: Sequence[Batch]) -> Tensor:
         """Forward and backward over all microbatches; this rank's share of the step's mean loss."""
-        module = self._parts[name].module
-        # A helper is called without its wrapper, which would wait for gradients that never come.
-        modules = {other: unwrapped(part.module) for other, part in self._parts.items()} | {name: module}
+        spread = self._parts[name].spread
+        modules = self._helping() | {name: spread.trained}
         total: Tensor | None = None
         for batch in microbatches:
-            with _reduction(module, last=batch is microbatches[-1]):
+            with spread.reducing(batch is microbatches[-1]):
                 share = self._passes.run(name, self.parts.index(name), modules, batch, _backward)
+            for part in self._parts.values():
+                part.spread.rest()
             total = share if total is None else total + share
         assert total is not None, "a rank without microbatches"
         return total
 
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: part.spread.module for name, part in self._parts.items()}
+
+    def _helping(self) -> dict[str, nn.Module]:
+        return {name: part.spread.helping for name, part in self._parts.items()}
+
     def share_buffers(self) -> None:
-        for part in self._parts.values():
-            if isinstance(part.module, DistributedDataParallel) and part.module.modules_buffers:
-                part.module._sync_buffers()  # pyright: ignore[reportPrivateUsage]  # what DDP does before a forward pass
+        if self._world > 1:
+            for module in self._modules().values():
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, 0)
 
     @contextlib.contextmanager
     def evaluating(self) -> Generator[None]:
         self.share_buffers()
-        modules = [unwrapped(part.module) for part in self._parts.values()]
-        for module in modules:
-            module.eval()
+        spreads = [part.spread for part in self._parts.values()]
+        for spread in spreads:
+            spread.module.eval()
         try:
             with self._ema.in_place() if self._ema is not None else contextlib.nullcontext():
                 yield
+                for spread in spreads:
+                    spread.rest()
         finally:
-            for module in modules:
-                module.train()
+            for spread in spreads:
+                spread.module.train()
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        modules = {name: unwrapped(part.module) for name, part in self._parts.items()}
-        with torch.inference_mode(), self._passes.precision():
-            return self._passes.recipe.metrics(modules, batch)
+        with (
+            torch.no_grad(),
+            self._passes.precision(),
+        ):  # not inference_mode: weights gathered in it could not be trained
+            return self._passes.recipe.metrics(self._helping(), batch)
 
     def samples(self) -> Mapping[str, Tensor]:
-        return self._passes.samples({name: unwrapped(part.module) for name, part in self._parts.items()})
+        return self._passes.samples(self._helping())
 
     def state(self) -> ShardedState:
-        return {name: Shard(tuple(t.shape), (0,) * t.dim(), t) for name, t in self._tensors()}
+        return dict(self._shards())
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, fill: Fill) -> None:
         for part in self._parts.values():
             for optimizer in part.optimizers:
                 _materialize(optimizer)
-        for name, tensor in self._tensors():
-            if name not in state:
-                raise KeyError(name)
-            with torch.no_grad():
-                tensor.copy_(state[name])
+        fill(self.state())
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _shards(self) -> Iterator[tuple[str, Shard]]:
         for name, part in self._parts.items():
-            module = unwrapped(part.module)
+            module = part.spread.module
             for fqn, tensor in module.state_dict(keep_vars=True).items():
-                yield f"model.{name}.{fqn}", tensor.detach()
-            states = {p: state for optimizer in part.optimizers for p, state in optimizer.state.items()}
+                yield f"model.{name}.{fqn}", shard_of(tensor.detach())
+            states = {piece: state for optimizer in part.optimizers for piece, state in optimizer.state.items()}
+            weights = {weight.whole: weight for weight in part.weights}
             for fqn, parameter in module.named_parameters():
-                for slot, value in sorted(states.get(parameter, {}).items()):
-                    if isinstance(value, Tensor):
-                        yield f"optimizer.{name}.{fqn}.{slot}", value
+                if (weight := weights.get(parameter)) is not None:
+                    for slot, value in sorted(states.get(weight.piece, {}).items()):
+                        if isinstance(value, Tensor):
+                            yield f"optimizer.{name}.{fqn}.{slot}", weight.like(value)
         if self._ema is not None:
             for fqn, average in self._ema.tensors():
-                yield f"ema.{fqn}", average
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The recipe's own module under a strategy's wrapper."""
-    return cast(nn.Module, module.module) if isinstance(module, DistributedDataParallel) else module
+                yield f"ema.{fqn}", shard_of(average)
 
 
 def _backward(loss: Tensor, scale: float) -> None:
     loss.backward(None if scale == 1 else torch.full_like(loss, scale))
-
-
-def _reduction(module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[object]:
-    """Gradients are reduced in the backward of a step's last microbatch only."""
-    if isinstance(module, DistributedDataParallel) and not last:
-        return module.no_sync()
-    return contextlib.nullcontext()
 
 
 def _materialize(optimizer: torch.optim.Optimizer) -> None:

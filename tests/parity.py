@@ -35,19 +35,32 @@ class Cell:
         name: as the table shows it.
         ranks: the number of processes.
         parallel: the job's overrides.
+        jobs: those that it takes.
     """
 
     name: str
     ranks: int
     parallel: tuple[str, ...] = ()
+    jobs: tuple[str, ...] = tuple(JOBS)
 
 
+_FSDP, _TENSOR = "parallel.strategy=fsdp", "parallel.tensor=2"
+_SIMPLE = tuple(job for job in JOBS if job != "gan, wasserstein")  # which differentiates through gradients
+_CUT = ("cnn",)  # have rules for tensor parallelism
 CELLS = (
     Cell("one process", 1),
     Cell("ddp × 2", 2),
+    Cell("ddp × 2, static graph", 2, ("parallel.static_graph=true",), _SIMPLE),
     Cell("ddp × 4", 4),
+    Cell("fsdp × 2", 2, (_FSDP,), _SIMPLE),
+    Cell("fsdp × 2, reduced in every microbatch", 2, (_FSDP, "parallel.reduce=microbatch"), _SIMPLE),
+    Cell("fsdp × 4", 4, (_FSDP,), _SIMPLE),
+    Cell("fsdp × 2 in 2 replicas", 4, (_FSDP, "parallel.replicas=2"), _SIMPLE),
+    Cell("tensor × 2", 2, (_TENSOR,), _CUT),
+    Cell("ddp × 2, tensor × 2", 4, (_TENSOR,), _CUT),
+    Cell("fsdp × 2, tensor × 2", 4, (_FSDP, _TENSOR), _CUT),
     *(
-        Cell(f"zero{stage} × {ranks}", ranks, (f"parallel.strategy=zero{stage}",))
+        Cell(f"zero{stage} × {ranks}", ranks, (f"parallel.strategy=zero{stage}",), _SIMPLE)
         for stage in (1, 2, 3)
         for ranks in (2, 4)
     ),

@@ -19,7 +19,8 @@ from typing import Any
 import torch.distributed as dist
 from runs import RunFolder
 
-_PRELOAD = ["torch", "torch._dynamo", "torch.distributed.fsdp", "dltrain.training.worker", "dltrain.models.cnn"]
+_PRELOAD = ["torch", "torch._dynamo", "torch.distributed.checkpoint.planner_helpers", "dltrain.training.worker"]
+_PRELOAD += ["dltrain.models.cnn"]
 
 
 def preload(*modules: str) -> None:

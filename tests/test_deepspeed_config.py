@@ -51,8 +51,9 @@ def test_optimizers_of_whole_matrices_are_refused(name: str) -> None:
 
 
 def test_what_only_zero_does_is_refused_elsewhere() -> None:
-    assert problem(None, "parallel.offload=cpu").hint == "zero1, zero2, zero3 do"
-    assert problem(None, "parallel.deepspeed=ds.json").what == "'ddp' does not use it"
+    assert "'offload' is for the strategies fsdp, zero1" in problem(None, "parallel.offload=cpu").what
+    assert "'deepspeed' is for the strategies zero1" in problem(None, "parallel.deepspeed=ds.json").what
+    assert "'tensor' is for the strategies ddp and fsdp" in problem("parallel: {strategy: zero1, tensor: 2}").what
     assert problem(None, "parallel.strategy=zero3", "train.compile=true").where.endswith("train.compile")
 
 

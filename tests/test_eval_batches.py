@@ -28,11 +28,14 @@ def test_evaluation_sees_every_sample_once(n: int, ranks: int, batch_size: int, 
     source = Numbers()
     indices = range(7, 7 + 3 * n, 3) if as_range else np.arange(n)[::-1] * 3
     alone = list(eval_batches(source, indices, rank=0, data_ranks=1, batch_size=batch_size))
-    shared = [
-        item
-        for rank in range(ranks)
-        for item in eval_batches(source, indices, rank=rank, data_ranks=ranks, batch_size=batch_size)
+    dealt = [
+        list(eval_batches(source, indices, rank=rank, data_ranks=ranks, batch_size=batch_size)) for rank in range(ranks)
     ]
+    assert len({len(items) for items in dealt}) == 1
+    padding = [item for items in dealt for item in items if item[1] == 0]
+    assert all(batch.weight == 0 and len(batch["x"]) == 1 for batch, _ in padding)
+    assert len(padding) < ranks
+    shared = [item for items in dealt for item in items if item[1] > 0]
     assert [i for batch, _ in shared for i in batch["x"].tolist()] == list(indices)
     assert [(batch.index, batch["x"].tolist(), count) for batch, count in shared] == [
         (batch.index, batch["x"].tolist(), count) for batch, count in alone

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dltrain.core.job import Job, Optimizer, Schedule
+from dltrain.models.gan import GanRecipe
 from dltrain.strategies.build import check_parts
 from dltrain.strategies.optimizers import build_optimizers
 from dltrain.strategies.schedule import rate
@@ -139,4 +140,4 @@ def test_a_parts_optimizer_is_the_common_one_with_its_own_values() -> None:
 def test_a_part_that_the_recipe_does_not_have_is_refused() -> None:
     job = Job.model_validate({"train": {"parts": {"generater": {"lr": 0.2}}}})
     with pytest.raises(Exception, match=r"train\.parts: cnn has no part 'generater' \(did you mean 'generator'\?\)"):
-        check_parts(job, {"discriminator": net(), "generator": net()})
+        check_parts(job, GanRecipe(), {"discriminator": net(), "generator": net()})

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from parity import CELLS, JOBS, Cell, measure
+from parity import CELLS, Cell, measure
 
 
-@pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize(
-    "cell",
-    [pytest.param(cell, id=cell.name, marks=[pytest.mark.slow] if cell.ranks > 2 else []) for cell in CELLS],
+    ("cell", "job"),
+    [
+        pytest.param(cell, job, id=f"{cell.name}, {job}", marks=[pytest.mark.slow] if cell.ranks > 2 else [])
+        for cell in CELLS
+        for job in cell.jobs
+    ],
 )
-def test_a_spread_job_computes_what_one_plain_process_does(job: str, cell: Cell, tmp_path: Path) -> None:
+def test_a_spread_job_computes_what_one_plain_process_does(cell: Cell, job: str, tmp_path: Path) -> None:
     apart = measure(job, cell, tmp_path)
     assert apart.loss < 1e-5
     assert apart.norm < 1e-4

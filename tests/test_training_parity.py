@@ -27,7 +27,8 @@ def check(run: RunFolder, weights: Path) -> None:
 
 
 def test_any_number_of_ranks_computes_what_one_plain_process_does(sandbox: Sandbox) -> None:
-    for ranks in (("--nproc-per-node", "1"), ("--nproc-per-node", "2"), ("--nodes", "2", "--nproc-per-node", "2")):
+    two = ("--nproc-per-node", "2")
+    for ranks in (("--nproc-per-node", "1"), two, ("--nodes", "2", *two), (*two, "parallel.strategy=fsdp")):
         done = sandbox.run("launch", *ranks, "--resume", "never", *JOB)
         assert done.returncode == 0, done.stderr
         run = RunFolder((sandbox.folder / "runs/digits/latest").resolve())
@@ -64,9 +65,11 @@ NORMALIZED = """
 """
 
 
-def test_running_statistics_are_rank_0s_when_evaluated_and_saved(sandbox: Sandbox) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_running_statistics_are_rank_0s_when_evaluated_and_saved(sandbox: Sandbox, strategy: str) -> None:
     (sandbox.folder / "normalized.py").write_text(dedent(NORMALIZED), encoding="utf-8")
     job = ("recipe=normalized:Normalized", "train.steps=6", "train.evaluate_every=3", "tracking.wandb.mode=disabled")
+    job += (f"parallel.strategy={strategy}",)
     done = sandbox.run("launch", "--nproc-per-node", "2", *job)
     assert done.returncode == 0, done.stderr
     zero, one = (set((sandbox.folder / f"evaluated-{rank}").read_text().splitlines()) for rank in (0, 1))

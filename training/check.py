@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.contracts import Recipe
 from ..core.errors import JobError, Problem
 from ..core.job import Job
 from ..core.zero import check_zero
@@ -36,19 +37,19 @@ def check_job(data: dict[str, Any]) -> list[Problem]:
 
 def _check_recipe(job: Job) -> None:
     try:
-        parts = _build(job)
+        recipe = load_recipe(job)
+        parts = _build(recipe)
+        check_parts(job, recipe, parts)
     except JobError:
         raise
     except Exception as error:  # a user's recipe may raise anything
         raise JobError(Problem(f"{job.recipe} cannot be built\n{_users_traceback(error)}", "recipe")) from error
     if not parts:
         raise JobError(Problem(f"{job.recipe} has no parts to train", "recipe"))
-    check_parts(job, parts)
 
 
-def _build(job: Job) -> dict[str, nn.Module]:
+def _build(recipe: Recipe) -> dict[str, nn.Module]:
     """The recipe's parts, without memory for their weights where the recipe allows that."""
-    recipe = load_recipe(job)
     with contextlib.suppress(Exception), torch.device("meta"):
         return recipe.parts()
     return recipe.parts()  # one that reads a tensor's value while it builds cannot do so on the meta device

@@ -10,16 +10,22 @@ import torch.distributed as dist
 from ..core.contracts import Batch, Engine
 
 
-def evaluate(engine: Engine, batches: Iterable[tuple[Batch, int]], *, world: int) -> dict[str, float]:
+def evaluate(
+    engine: Engine, batches: Iterable[tuple[Batch, int]], *, world: int, counts: bool = True
+) -> dict[str, float]:
     """The mean of each of the recipe's metrics over all samples of all ranks' ``batches``.
 
-    ``batches`` gives (batch, number of its samples); ranks may have different numbers of batches, or none. Collective
-    over the process group when ``world`` > 1. Sums are kept in float64, so counts are exact.
+    ``batches`` gives (batch, number of its samples that count), to all ranks equally many. Collective over the process
+    group when ``world`` > 1. Sums are kept in float64, so counts are exact. ``counts`` says whether this rank's results
+    do: of ranks that compute the same samples together, one's.
     """
     sums: dict[str, torch.Tensor] = {}
     count = 0
     for batch, samples in batches:
-        for name, values in engine.evaluate(batch).items():
+        found = engine.evaluate(batch)
+        if not (samples and counts):
+            continue
+        for name, values in found.items():
             if values.shape != (samples,):
                 raise ValueError(
                     f"metric {name!r} must be one value per sample: ({samples},), not {tuple(values.shape)}"

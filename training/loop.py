@@ -47,6 +47,7 @@ class Trainer:
         self._reporter, self._pulse = reporter, pulse
         world = ctx.world_size
         self._data_ranks = job.parallel.axes(world)["data"]
+        self._place = job.parallel.place(ctx.rank, world)
         self._source = open_source(job.data)
         self._parts = split(len(self._source), job.data.split)
         train = job.train
@@ -66,7 +67,13 @@ class Trainer:
         self._evaluate_every = train.evaluate_every or math.ceil(len(self._parts["train"]) / train.global_batch)
         torch.manual_seed(derive(job.seed, "weights"))
         self._engine = build_engine(
-            job, load_recipe(job), world=world, device=device, reseed=partial(self._seed, "step"), mark=pulse.mark
+            job,
+            load_recipe(job),
+            rank=ctx.rank,
+            world=world,
+            device=device,
+            reseed=partial(self._seed, "step"),
+            mark=pulse.mark,
         )
         self._snapshots = Snapshots(storage, job, rank=ctx.rank, world=world, reporter=reporter)
 
@@ -121,10 +128,9 @@ class Trainer:
         return Normalizer.from_state(box[0])
 
     def _say_setup(self, start: int) -> None:
+        shards = self._engine.state()
         if self._ctx.rank == 0:
-            parameters = sum(
-                math.prod(shard.shape) for name, shard in self._engine.state().items() if name.startswith("model.")
-            )
+            parameters = sum(math.prod(shard.shape) for name, shard in shards.items() if name.startswith("model."))
             self._reporter.send(
                 "setup",
                 start=start,
@@ -140,7 +146,7 @@ class Trainer:
         loader = Loader(
             Subset(self._source, self._parts["train"]),
             self._plan,
-            rank=self._ctx.rank,
+            rank=self._place["data"],
             data_ranks=self._data_ranks,
             normalizer=self._normalizer,
             start_step=start,
@@ -202,7 +208,7 @@ class Trainer:
         batches = eval_batches(
             self._source,
             self._parts[part],
-            rank=self._ctx.rank,
+            rank=self._place["data"],
             data_ranks=self._data_ranks,
             batch_size=64,
             normalizer=self._normalizer,
@@ -214,7 +220,7 @@ class Trainer:
                 yield _to(batch, self._device), count
 
         with self._engine.evaluating():
-            found = evaluate(self._engine, seeded(), world=self._data_ranks)
+            found = evaluate(self._engine, seeded(), world=self._ctx.world_size, counts=self._place["tensor"] == 0)
         return {f"{part}/{name}": value for name, value in found.items()}
 
     def _draw(self, done: int) -> None:

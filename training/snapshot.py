@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from ..checkpoint.manifest import CorruptCheckpoint, Manifest
@@ -13,7 +15,7 @@ from ..checkpoint.reader import catalogue, open_manifest, read
 from ..checkpoint.retention import prune, set_aside
 from ..checkpoint.writer import PieceRecord, assign, commit, held, make_manifest, write_shard
 from ..core.checks import is_url
-from ..core.contracts import Engine
+from ..core.contracts import Engine, ShardedState
 from ..core.errors import DltrainError, JobError, Problem
 from ..core.job import Job
 from ..core.storage import Storage
@@ -131,11 +133,7 @@ class Snapshots:
             manifest: Manifest | None = None
             try:
                 manifest = open_manifest(storage, step)
-                self._fits(engine, manifest)
-                engine.load(read(storage, manifest, None))
-            except KeyError as error:
-                what = f"the checkpoint of step {step} has no {error.args[0]}"
-                raise JobError(Problem(what, "train.optimizer", _AFRESH)) from error
+                engine.load(partial(_fill, storage, manifest))
             except (CorruptCheckpoint, OSError) as error:
                 failure = f"rank {self._rank}: {error}"
             failures = [item for item in self._all(failure) if item is not None]
@@ -148,14 +146,6 @@ class Snapshots:
             raise JobError(Problem(f"no checkpoint in {storage} is usable: {newest}", "checkpoint.to", _AFRESH))
         return None
 
-    def _fits(self, engine: Engine, manifest: Manifest) -> None:
-        for name, shard in engine.state().items():
-            entry = manifest.tensors.get(name)
-            if entry is None or tuple(entry.shape) != shard.shape:
-                found = f"shape {tuple(entry.shape)}" if entry else "nothing of that name"
-                what = f"the checkpoint of step {manifest.step} holds {found} where the model has {name} {shard.shape}"
-                raise JobError(Problem(what, "model", _AFRESH))
-
     def _all(self, value: T) -> list[T]:
         """Every rank's ``value``, in rank order."""
         if self._world == 1:
@@ -163,3 +153,25 @@ class Snapshots:
         gathered: list[T | None] = [None] * self._world
         dist.all_gather_object(gathered, value)
         return gathered  # pyright: ignore[reportReturnType]  # each place is filled
+
+
+def _fill(storage: Storage, manifest: Manifest, shards: ShardedState) -> None:
+    """Copy the checkpoint's slices into ``shards``; only these are read.
+
+    Raises:
+        JobError: the checkpoint has no tensor of a shard's name and whole shape.
+        CorruptCheckpoint: a piece of it is damaged.
+    """
+    for name, shard in shards.items():
+        entry = manifest.tensors.get(name)
+        if entry is None and name.startswith("optimizer."):
+            what = f"the checkpoint of step {manifest.step} has no {name}"
+            raise JobError(Problem(what, "train.optimizer", _AFRESH))
+        if entry is None or tuple(entry.shape) != shard.shape:
+            found = f"shape {tuple(entry.shape)}" if entry else "nothing of that name"
+            what = f"the checkpoint of step {manifest.step} holds {found} where the model has {name} {shard.shape}"
+            raise JobError(Problem(what, "model", _AFRESH))
+    saved = read(storage, manifest, {name: shard.bounds() for name, shard in shards.items()})
+    with torch.no_grad():
+        for name, shard in shards.items():
+            shard.take(saved[name])

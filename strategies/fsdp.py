@@ -1,0 +1,65 @@
+"""The strategy 'fsdp': weights, gradients and optimizer state cut over the ranks (torch FSDP2)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from .spread import Spread
+
+
+class Fsdp(Spread):
+    """Shards of a module on a mesh of data-parallel ranks: one axis, or (replicas, shards).
+
+    Gradients are averaged over all axes of the mesh. With ``bf16`` weights are gathered in bfloat16, which is what
+    autocast would make of them, and reduced in float32; shards, and what the optimizer keeps, are float32.
+
+    Args:
+        units: names of the submodules that are gathered as one; what is in none of them is gathered with the root.
+        reshard: whether gathered weights are freed after forward.
+        every_microbatch: whether gradients are reduced in every microbatch's backward.
+        offload: whether shards lie in host memory.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        mesh: DeviceMesh,
+        *,
+        units: Sequence[str],
+        reshard: bool = True,
+        every_microbatch: bool = False,
+        offload: bool = False,
+        bf16: bool = False,
+    ) -> None:
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None,
+            reduce_dtype=torch.float32 if bf16 else None,
+            cast_forward_inputs=False,
+        )
+        parked: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
+        for part in (*(module.get_submodule(name) for name in _innermost_first(units)), module):
+            fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, offload_policy=parked)
+        assert isinstance(module, FSDPModule)
+        self.module = self.trained = self.helping = self._root = module
+        self._every_microbatch = every_microbatch
+
+    def reducing(self, last: bool) -> contextlib.AbstractContextManager[object]:
+        self._root.set_requires_gradient_sync(last or self._every_microbatch)
+        self._root.set_requires_all_reduce(last)
+        return contextlib.nullcontext()
+
+    def rest(self) -> None:
+        for part in self._root.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+
+def _innermost_first(units: Sequence[str]) -> list[str]:
+    """A unit within a unit is sharded on its own; the outer one takes what is left."""
+    return sorted((name for name in units if name), key=lambda name: -name.count("."))
