@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
+from .formats import Format, is_url
 from .parallel import Parallel
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)\s*$")
@@ -78,14 +79,19 @@ class Split(Spec):
 
 class DataSpec(Spec):
     source: str = "digits"
-    """Where samples come from: 'digits' (scikit-learn's handwritten digits), the path or URL of an .npz file
-    with one array per batch key (at least 'x' and 'y'), or 'module:function' that returns a map-style dataset."""
+    """Where samples come from: 'digits' (scikit-learn's handwritten digits), the path or URL of a file or folder, or
+    'module:function' that returns a map-style dataset."""
+    format: Format = "auto"
+    """What lies at a path or URL; 'auto' tells it by the file's ending, and a folder's by the files in it."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments for a 'module:function' source, or storage options for a URL, without credentials."""
+    """How the file is read (which columns, which size: see the format), or keyword arguments for 'module:function'."""
+    storage: dict[str, Any] = Field(default_factory=dict)
+    """Storage options for the fsspec filesystem of a URL, without credentials."""
     split: Split = Field(default_factory=Split)
-    """How samples are dealt to training, validation and test: by a keyed hash of the sample's index."""
+    """How samples are dealt to training, validation and test: by a keyed hash of the sample."""
     normalize: bool = True
-    """Scale floating-point inputs 'x' to zero mean and unit variance, both computed on the training part only."""
+    """Scale floating-point inputs 'x' to zero mean and unit variance, a table's column by column, both computed on the
+    training part only."""
     prefetch: int = Field(default=2, ge=0)
     """Microbatches prepared ahead of the step by a background thread; 0 prepares them in the step, as is always done
     with small batches from memory and with data sets that draw random numbers."""
@@ -94,7 +100,8 @@ class DataSpec(Spec):
 
     @model_validator(mode="after")
     def _no_credentials(self) -> Self:
-        if "://" in self.source:
+        _refuse_credentials(self.storage)
+        if is_url(self.source):
             _refuse_credentials(self.options)
         return self
 

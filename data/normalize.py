@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,12 +10,15 @@ import numpy as np
 
 from ..core.contracts import Source
 from ..core.errors import JobError, Problem
+from .arrays import ArraySource
 from .split import Indices, look_up
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHUNK = 4096  # samples per partial sum; fixed, because it decides the rounding
+# The samples of a partial sum decide the rounding, so their number depends on nothing but the size of a sample.
+_CHUNK = 4096
+_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,12 @@ class Normalizer:
     """Shifts and scales floating-point inputs 'x'; leaves integers and every other field alone.
 
     Attributes:
-        mean: of all elements of 'x' over the training part.
-        std: standard deviation (population), 1 where all elements are equal.
+        mean: of all elements of 'x' over the training part; of a table, one per column.
+        std: standard deviation (population), 1 where all elements are equal; likewise.
     """
 
-    mean: float = 0.0
-    std: float = 1.0
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
 
     @classmethod
     def fit(cls, source: Source, indices: Indices) -> Normalizer:
@@ -41,43 +43,48 @@ class Normalizer:
         Raises:
             JobError: 'x' holds NaN or infinity.
         """
-        pivot: np.float64 | None = None  # the first element; sums of differences from it are exact where all are equal
-        count, mean, squares = 0, 0.0, 0.0
-        for start in range(0, len(indices), _CHUNK):
-            places = np.arange(start, min(start + _CHUNK, len(indices)), dtype=np.int64)
-            x = source.fetch(look_up(indices, places)).get("x")
-            if x is None or not x.is_floating_point():
-                return cls()
-            values = x.double().numpy().ravel()
+        first = source.fetch(look_up(indices, np.zeros(1, dtype=np.int64))).get("x") if len(indices) else None
+        if first is None or not first.is_floating_point() or not first.numel():
+            return cls()
+        by_column = isinstance(source, ArraySource) and source.is_table and first.ndim == 2
+        columns = first.shape[1] if by_column else 1
+        chunk = max(1, min(_CHUNK, _CHUNK_BYTES // first.nbytes))
+        # The first element of each column: sums of differences from it are exact where all are equal.
+        pivot = first.double().numpy().reshape(-1)[:columns, None]
+        count, mean, squares = 0, np.zeros(columns), np.zeros(columns)
+        for start in range(0, len(indices), chunk):
+            places = np.arange(start, min(start + chunk, len(indices)), dtype=np.int64)
+            values = source.fetch(look_up(indices, places))["x"].double().numpy()
+            values = np.ascontiguousarray(values.reshape(-1, columns).T)  # numpy sums in pairs along the last axis only
             if not np.isfinite(values).all():
                 raise JobError(
                     Problem("'x' holds NaN or infinity", "data.normalize", "clean the data, or set it to false")
                 )
-            if not values.size:
-                continue
-            pivot = values[0] if pivot is None else pivot
-            values = values - pivot
-            chunk_mean = float(values.sum()) / values.size
-            chunk_squares = float(np.square(values - chunk_mean).sum())
-            total, shift = count + values.size, chunk_mean - mean
-            mean += shift * values.size / total
-            squares += chunk_squares + shift * shift * count * values.size / total
+            size = values.shape[1]
+            values -= pivot
+            chunk_mean = values.sum(axis=1) / size
+            chunk_squares = np.square(values - chunk_mean[:, None]).sum(axis=1)
+            total, shift = count + size, chunk_mean - mean
+            mean += shift * size / total
+            squares += chunk_squares + shift * shift * count * size / total
             count = total
-        if pivot is None:
-            return cls()
-        std = math.sqrt(squares / count)
-        return cls(float(pivot) + mean, std if std > 0 else 1.0)
+        std = np.sqrt(squares / count)
+        std[std == 0] = 1.0
+        mean += pivot[:, 0]
+        return cls(tuple(mean.tolist()), tuple(std.tolist())) if by_column else cls(float(mean[0]), float(std[0]))
 
     def apply(self, fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``fields`` with 'x' normalised, in its own dtype; the given tensors are not changed."""
         x = fields.get("x")
         if x is None or not x.is_floating_point():
             return dict(fields)
-        return {**fields, "x": (x - self.mean).div_(self.std)}
+        mean, std = (x.new_tensor(one) if isinstance(one, tuple) else one for one in (self.mean, self.std))
+        return {**fields, "x": (x - mean).div_(std)}
 
-    def state(self) -> dict[str, float]:
-        return {"mean": self.mean, "std": self.std}
+    def state(self) -> dict[str, float | list[float]]:
+        """JSON-able."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in (("mean", self.mean), ("std", self.std))}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, float]) -> Normalizer:
-        return cls(mean=state["mean"], std=state["std"])
+    def from_state(cls, state: Mapping[str, float | list[float]]) -> Normalizer:
+        return cls(*(tuple(v) if isinstance(v, list) else v for v in (state["mean"], state["std"])))

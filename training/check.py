@@ -14,7 +14,7 @@ from torch import nn
 from ..core.errors import JobError, Problem
 from ..core.job import Job
 from ..data.sources import open_source
-from ..data.split import split
+from ..data.split import split_source
 from . import recipes
 from .recipes import load_recipe
 
@@ -61,4 +61,4 @@ def _users_traceback(error: Exception) -> str:
 
 def _check_data(job: Job) -> None:
     source = open_source(job.data)
-    split(len(source), job.data.split)
+    split_source(source, job.data.split)
