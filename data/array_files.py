@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.errors import JobError, Problem, did_you_mean
 from ..core.job import DataSpec
+from ..core.schema import found
 from .arrays import ArraySource, Convert
 from .files import OPTIONS, Files, locate, tell_format, wrong
 
@@ -100,5 +101,5 @@ def _chosen(spec: DataSpec, stored: list[str]) -> dict[str, str]:
 def _texts(spec: DataSpec) -> dict[str, str]:
     for key, value in spec.options.items():
         if not isinstance(value, str):
-            raise wrong(f"expected the name of what '{key}' is, found {value!r}", where=f"{OPTIONS}.{key}")
+            raise wrong(f"expected the name of an array or file, found {found(value)}", where=f"{OPTIONS}.{key}")
     return dict(spec.options)

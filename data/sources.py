@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
-from ..core.contracts import Source
+from ..core.contracts import KeyedSource, Source
 from ..core.errors import JobError, Problem
 from ..core.formats import is_object, is_url, no_such_source
 from ..core.importing import load_object
@@ -41,11 +41,14 @@ _READERS: Mapping[str, Callable[[Files, DataSpec], Source]] = {
 class DatasetSource:
     """A map-style torch data set: ``__len__`` with ``__getitem__`` or ``__getitems__``.
 
-    Samples are put together by torch's ``default_collate``; pairs become 'x' and 'y', a lone tensor becomes 'x'.
+    Samples are put together by torch's ``default_collate``; pairs become 'x' and 'y', a lone tensor becomes 'x'. A data
+    set with ``sample_keys`` is split by them (see :class:`~.core.contracts.KeyedSource`).
     """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+        if callable(getattr(dataset, "sample_keys", None)):
+            self.sample_keys: Callable[[np.ndarray], np.ndarray] = dataset.sample_keys
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -146,7 +149,9 @@ def _probed(source: Source) -> Source:
     try:
         if not len(source):
             raise wrong("it has no samples")
-        fields = source.fetch(np.zeros(1, dtype=np.int64))
+        first = np.zeros(1, dtype=np.int64)
+        fields = source.fetch(first)
+        keys = np.asarray(source.sample_keys(first)) if isinstance(source, KeyedSource) else first
     except JobError:
         raise
     except Exception as error:  # a user's data set may raise anything
@@ -156,6 +161,8 @@ def _probed(source: Source) -> Source:
     for key, value in fields.items():
         if not isinstance(value, Tensor) or not value.ndim or len(value) != 1:
             raise wrong(f"fetch() of one index gave no tensor of one sample for '{key}'")
+    if keys.shape != (1,) or keys.dtype.kind not in "iu":
+        raise wrong(f"sample_keys() of one index gave {keys.dtype} {list(keys.shape)}", "return a uint64 per index")
     return source
 
 
