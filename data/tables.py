@@ -112,6 +112,9 @@ def _read(files: Files, format: Format, options: TableOptions) -> _Table:
         raise wrong(f"the files in '{files.url}' differ in the type of a column: {error}") from error
     if not joined.num_rows:
         raise wrong("it has no samples")
+    for i, field in enumerate(joined.schema):
+        if pa.types.is_dictionary(field.type):  # categories that do not occur are no classes
+            joined = joined.set_column(i, field.name, joined.column(i).cast(field.type.value_type))
     return _Table(joined, tuple((name, table.num_rows) for name, table in parts))
 
 
@@ -204,10 +207,7 @@ def _numbers(table: _Table, name: str, where: str) -> np.ndarray:
     if not any(is_kind(kind) for is_kind in (*_fractions(), pa.types.is_integer, pa.types.is_boolean)):
         what = f"column '{name}' holds {kind}, not numbers, as {repr(table.columns[name][0].as_py())[:_SHOWN]}"
         raise wrong(what, f"leave it out: {where} lists the columns to take", where)
-    values = _plain(column).astype(np.float64)
-    if (bad := np.flatnonzero(np.isnan(values))).size:
-        raise _missing(table, name, int(bad[0]))
-    return values + 0.0  # -0.0 is 0.0: equal samples have equal keys
+    return _plain(column).astype(np.float64) + 0.0  # -0.0 is 0.0: equal samples have equal keys
 
 
 def _plain(column: Any) -> np.ndarray:
@@ -223,9 +223,9 @@ def _fractions() -> tuple[Callable[[Any], bool], ...]:
 def _refuse_missing(table: _Table, name: str) -> None:
     import pyarrow.compute
 
-    column = table.columns[name]
-    if column.null_count:
-        raise _missing(table, name, pyarrow.compute.index(column.is_null(), True).as_py())
+    row = pyarrow.compute.index(table.columns[name].is_null(nan_is_null=True), True).as_py()
+    if row >= 0:
+        raise _missing(table, name, row)
 
 
 def _missing(table: _Table, name: str, row: int) -> JobError:
@@ -241,7 +241,12 @@ def _counts_classes(table: _Table, name: str, options: TableOptions) -> bool:
 
 def _distinct(table: _Table, name: str) -> tuple[list[Any], np.ndarray]:
     """The distinct values of a column, sorted, and of each row (int64 ``[n]``) which of them it is."""
+    import pyarrow as pa
+
+    kind = table.columns[name].type
     _refuse_missing(table, name)
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        raise wrong(f"column '{name}' holds {kind}, not text or numbers", "is the file UTF-8?")
     encoded = table.columns[name].combine_chunks().dictionary_encode()
     values = encoded.dictionary.to_pylist()
     order = sorted(range(len(values)), key=values.__getitem__)

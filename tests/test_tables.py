@@ -60,6 +60,13 @@ def test_parquet(storage: Storage) -> None:
     assert (got["y"].tolist(), source.classes) == ([1, 0], ("-4", "30"))
 
 
+def test_categories_are_classes_where_they_occur(tmp_path: Path) -> None:
+    grades = pa.DictionaryArray.from_arrays(pa.array([2, 0, 2]), pa.array(["low", "unused", "high"]))
+    (tmp_path / "a.parquet").write_bytes(parquet(a=[1, 2, 3], label=grades))
+    source, got = opened(str(tmp_path / "a.parquet"))
+    assert (got["y"].tolist(), source.classes) == ([0, 1, 0], ("high", "low"))
+
+
 def test_the_files_of_a_folder_follow_each_other(storage: Storage) -> None:
     storage.write("part-0.parquet", [parquet(a=[1, 2], y=[0.5, 1.5])])
     storage.write("part-1.parquet", [parquet(y=[2.5], a=[3.5])])
@@ -138,6 +145,10 @@ def test_parquet_that_is_refused(tmp_path: Path) -> None:
     assert "differ in their columns: a, b" in refusal(str(tmp_path))[1]
     (tmp_path / "1.parquet").write_bytes(parquet(a=["1"], y=[0]))
     assert "differ in the type of a column" in refusal(str(tmp_path))[1]
+    for labels, says in (([b"\xff"], "holds binary"), ([[1, 2]], "holds list"), ([float("nan")], "missing in row 1")):
+        (tmp_path / "2.parquet").write_bytes(parquet(a=[1.0], y=labels))
+        assert says in refusal(str(tmp_path / "2.parquet"), target="classes")[1]
+    (tmp_path / "2.parquet").unlink()
     (tmp_path / "1.parquet").write_bytes(good[:-5])
     assert "cannot be read as parquet" in refusal(str(tmp_path))[1]
     assert refusal(str(tmp_path), delimiter=";")[0] == "data.options.delimiter"
