@@ -90,8 +90,8 @@ class DataSpec(Spec):
     split: Split = Field(default_factory=Split)
     """How samples are dealt to training, validation and test: by a keyed hash of the sample."""
     normalize: bool = True
-    """Scale floating-point inputs 'x' to zero mean and unit variance, a table's column by column, both computed on the
-    training part only."""
+    """Scale floating-point inputs 'x' to zero mean and unit variance, both computed on the training part only: each
+    feature of a table (two axes) on its own, everything else by one figure for all."""
     prefetch: int = Field(default=2, ge=0)
     """Microbatches prepared ahead of the step by a background thread; 0 prepares them in the step, as is always done
     with small batches from memory and with data sets that draw random numbers."""

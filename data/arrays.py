@@ -23,7 +23,6 @@ class ArraySource:
         keys: uint64 ``[n]``, one per sample, from what the sample is; the split follows them. Without them it follows
             the index.
         classes: names of the classes that an integer 'y' counts.
-        is_table: whether the columns of 'x' measure different things, so that each is normalised by itself.
 
     Raises:
         JobError: no array, no sample, unequal lengths, or a dtype that torch does not have.
@@ -36,11 +35,9 @@ class ArraySource:
         convert: Mapping[str, Convert] | None = None,
         keys: np.ndarray | None = None,
         classes: Sequence[str] = (),
-        is_table: bool = False,
     ) -> None:
         self.arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
         self.classes = tuple(classes)
-        self.is_table = is_table
         self._convert = dict(convert or {})
         self._keys = keys
         lengths = {key: len(array) if array.ndim else None for key, array in self.arrays.items()}

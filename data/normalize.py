@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import torch
 
 from ..core.contracts import Source
 from ..core.errors import JobError, Problem
-from .arrays import ArraySource
 from .split import Indices, look_up
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Normalizer:
     """Shifts and scales floating-point inputs 'x'; leaves integers and every other field alone.
 
     Attributes:
-        mean: of all elements of 'x' over the training part; of a table, one per column.
+        mean: of all elements of 'x' over the training part; of a table ``[samples, features]``, one per feature.
         std: standard deviation (population), 1 where all elements are equal; likewise.
     """
 
@@ -46,7 +46,7 @@ class Normalizer:
         first = source.fetch(look_up(indices, np.zeros(1, dtype=np.int64))).get("x") if len(indices) else None
         if first is None or not first.is_floating_point() or not first.numel():
             return cls()
-        by_column = isinstance(source, ArraySource) and source.is_table and first.ndim == 2
+        by_column = first.ndim == 2
         columns = first.shape[1] if by_column else 1
         chunk = max(1, min(_CHUNK, _CHUNK_BYTES // first.nbytes))
         # The first element of each column: sums of differences from it are exact where all are equal.
@@ -74,12 +74,22 @@ class Normalizer:
         return cls(tuple(mean.tolist()), tuple(std.tolist())) if by_column else cls(float(mean[0]), float(std[0]))
 
     def apply(self, fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``fields`` with 'x' normalised, in its own dtype; the given tensors are not changed."""
+        """``fields`` with 'x' normalised, in its own dtype; the given tensors are not changed.
+
+        Raises:
+            JobError: 'x' is no table of as many features as were fitted.
+        """
         x = fields.get("x")
         if x is None or not x.is_floating_point():
             return dict(fields)
-        mean, std = (x.new_tensor(one) if isinstance(one, tuple) else one for one in (self.mean, self.std))
-        return {**fields, "x": (x - mean).div_(std)}
+        if not isinstance(self.mean, tuple):
+            return {**fields, "x": (x - self.mean).div_(cast(float, self.std))}
+        if x.dim() != 2 or x.shape[1] != len(self.mean):
+            found = f"'x' of shape {list(x.shape)} is no table of the {len(self.mean)} features that were normalised"
+            raise JobError(Problem(found, "data.source", "go on with the data that the run began with"))
+        exact = torch.promote_types(x.dtype, torch.float32)
+        mean, std = torch.tensor(self.mean, dtype=exact), torch.tensor(self.std, dtype=exact)
+        return {**fields, "x": ((x - mean) / std).to(x.dtype)}
 
     def state(self) -> dict[str, float | list[float]]:
         """JSON-able."""

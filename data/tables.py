@@ -159,7 +159,7 @@ def _source(table: _Table, options: TableOptions) -> ArraySource:
         keys = _hashes(table, options.group)
     else:
         keys = _combine([*(value.view(np.uint64) for value in numbers.values()), *labels.values()])
-    return ArraySource(arrays, keys=keys, classes=classes, is_table=True)
+    return ArraySource(arrays, keys=keys, classes=classes)
 
 
 def _target(table: _Table, options: TableOptions) -> list[str] | str:

@@ -94,7 +94,7 @@ def json_tokenizer(content: bytes, name: str, end_token: str | None = None, *, w
     try:
         import tokenizers
     except ImportError:
-        raise wrong("this needs the package tokenizers", "pip install 'dltrain[tokenizers]'", where) from None
+        raise wrong("this needs the package tokenizers", "pip install 'dltrain[text]'", where) from None
     try:
         model = tokenizers.Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises plain Exception
@@ -123,7 +123,7 @@ def train_bpe(pieces: Iterable[Piece], vocabulary_size: int, *, where: str) -> b
         from tokenizers import Tokenizer as Model
         from tokenizers import decoders, models, pre_tokenizers, trainers
     except ImportError:
-        raise wrong("this needs the package tokenizers", "pip install 'dltrain[tokenizers]'", where) from None
+        raise wrong("this needs the package tokenizers", "pip install 'dltrain[text]'", where) from None
     model = Model(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()

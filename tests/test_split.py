@@ -85,9 +85,12 @@ def test_subset() -> None:
 @settings(max_examples=40, deadline=None)
 def test_fit_is_the_exact_mean_and_deviation(n: int, mean: float, scale: float, seed: int) -> None:
     x = np.random.default_rng(seed).normal(mean, scale, size=(n, 3))
-    fitted = Normalizer.fit(ArraySource({"x": x}), range(n))
+    fitted = Normalizer.fit(ArraySource({"x": x[:, None]}), range(n))
     assert fitted.mean == pytest.approx(x.mean(), rel=1e-12, abs=1e-12)
     assert fitted.std == pytest.approx(x.std(), rel=1e-9)
+    by_feature = Normalizer.fit(ArraySource({"x": x}), range(n))
+    assert by_feature.mean == pytest.approx(x.mean(0), rel=1e-12, abs=1e-12)
+    assert by_feature.std == pytest.approx([s if s > 0 else 1.0 for s in x.std(0)], rel=1e-9)
 
 
 def test_only_the_given_samples_count() -> None:
@@ -119,8 +122,10 @@ def test_apply_gives_zero_mean_and_unit_variance_and_leaves_the_rest_alone() -> 
 def test_a_constant_input_becomes_zero(value: float) -> None:
     source = ArraySource({"x": np.full((5000, 3), value, dtype=np.float32)})
     fitted = Normalizer.fit(source, range(5000))
-    assert fitted.std == 1.0
+    assert fitted.std == (1.0, 1.0, 1.0)
     assert not fitted.apply(source.fetch(np.arange(10)))["x"].any()
+    of_all = Normalizer.fit(ArraySource({"x": source.arrays["x"][:, :, None]}), range(5000))
+    assert of_all.std == 1.0
 
 
 def test_other_inputs_are_left_alone() -> None:
@@ -163,7 +168,7 @@ def test_every_process_fits_the_same_bits_whatever_its_threads() -> None:
 
 def test_the_columns_of_a_table_are_normalised_each_by_itself() -> None:
     x = np.random.default_rng(5).normal(size=(9000, 3)) * [1, 1000, 0] + [5, 0, 3]
-    table = ArraySource({"x": x}, is_table=True)
+    table = ArraySource({"x": x})
     fitted = Normalizer.fit(table, range(1, 9000))
     assert fitted.mean == pytest.approx(x[1:].mean(axis=0), rel=1e-12, abs=1e-12)
     assert fitted.std == pytest.approx((*x[1:, :2].std(axis=0), 1.0), rel=1e-9)
@@ -172,3 +177,5 @@ def test_the_columns_of_a_table_are_normalised_each_by_itself() -> None:
     torch.testing.assert_close(got.mean(0), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(got.std(0, correction=0)[:2], torch.ones(2, dtype=torch.float64))
     assert not got[:, 2].any()
+    with pytest.raises(JobError, match=r"\[5, 4\] is no table of the 3 features"):
+        fitted.apply({"x": torch.zeros(5, 4)})
