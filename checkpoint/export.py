@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ..core.storage import Storage
+from ..core.tensorfile import Item, header, order
 from .manifest import Manifest
 from .reader import read_arrays
-from .shardfile import Item, header, order
 
 _PREFIX = "model."
 _AVERAGE = "ema."

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from ..core.errors import JobError, Problem, RunFailed
-from .shardfile import ITEMSIZE, nbytes
+from ..core.tensorfile import ITEMSIZE, nbytes
 
 FORMAT = 1
 MANIFEST = "manifest.json"

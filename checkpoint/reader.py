@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.storage import Storage
+from ..core.tensorfile import ITEMSIZE
 from .manifest import MANIFEST, CorruptCheckpoint, Manifest, PieceEntry, folder_name, folder_step, parse
-from .shardfile import ITEMSIZE
 
 if TYPE_CHECKING:
     from torch import Tensor

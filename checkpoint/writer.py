@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ..core.storage import Storage
+from ..core.tensorfile import ITEMSIZE, Item, header, nbytes, order
 from .manifest import FORMAT, MANIFEST, Cursor, Manifest, PieceEntry, TensorEntry, folder_name
-from .shardfile import ITEMSIZE, Item, header, nbytes, order
 
 if TYPE_CHECKING:
     from ..core.contracts import ShardedState

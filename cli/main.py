@@ -30,8 +30,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 config = typer.Typer(no_args_is_help=True, help="Show, describe and start job files.")
+data = typer.Typer(no_args_is_help=True, help="Look at a job's data, and prepare text.")
 add_launch(app)
 app.add_typer(config, name="config")
+app.add_typer(data, name="data")
 
 
 def main() -> None:
@@ -106,3 +108,69 @@ def init(
     from .config import init_job
 
     init_job(Path(path), force=force)
+
+
+@data.command("show")
+def show_data(
+    target: Annotated[list[str] | None, typer.Argument(metavar="TARGET", help=_JOB_HELP, show_default=False)] = None,
+) -> None:
+    """Open a job's data and print its samples, parts, shapes and classes."""
+    from .data import show_data
+
+    show_data(target or [])
+
+
+@data.command("prepare")
+def prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT", help="Text or JSONL files, plain or gzip, or folders; paths or URLs."),
+    ],
+    out: Annotated[str, typer.Option("--out", metavar="PATH", help="The token file to write, ending in .tokens.")],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            "--tokenizer",
+            metavar="bytes|bpe|PATH",
+            help="UTF-8 bytes; a byte-level BPE trained on the input; or a tokenizer.json.",
+        ),
+    ] = "bytes",
+    vocabulary: Annotated[
+        int | None, typer.Option("--vocab", metavar="N", help="How many tokens the BPE learns.", show_default=False)
+    ] = None,
+    field: Annotated[
+        str, typer.Option("--field", metavar="NAME", help="The field of a JSONL line that holds its text.")
+    ] = "text",
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            "--glob",
+            metavar="PATTERN",
+            help="Which files of a folder are taken, as '*.py' (default: .txt and .jsonl, plain or .gz).",
+            show_default=False,
+        ),
+    ] = None,
+    end_token: Annotated[
+        str | None,
+        typer.Option(
+            "--end-token",
+            metavar="TOKEN",
+            help="The token of a tokenizer.json that ends documents (default: a usual one, if it is there).",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Tokenize text once, into one file that training maps into memory."""
+    from .data import prepare_data
+
+    prepare_data(
+        inputs,
+        out,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        field=field,
+        pattern=pattern,
+        end_token=end_token,
+        force=force,
+    )

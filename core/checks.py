@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .errors import JobError, Problem, did_you_mean
+from .formats import KNOWN, format_of, is_object, is_url, missing_package, no_such_source
 from .importing import find_object
 from .job import Job
 from .parallel import microbatches_per_step
-from .suggest import nearest, similar_files
 from .zero import check_zero
 
 _BUILT_IN_SOURCES = ("digits", "digits_scan", "iris", "wine", "breast_cancer", "diabetes", "stdlib_text")
@@ -50,11 +51,6 @@ def _placed(problems: Iterable[Problem], place: Place) -> list[Problem]:
     return [Problem(problem.what, place(problem.where), problem.hint) for problem in problems]
 
 
-def is_url(text: str) -> bool:
-    """Whether ``text`` is an fsspec URL rather than a local path."""
-    return "://" in text
-
-
 def _recipe(job: Job, recipes: Collection[str]) -> Iterator[Problem]:
     if ":" in job.recipe:
         yield from _object(job.recipe, "recipe")
@@ -65,18 +61,36 @@ def _recipe(job: Job, recipes: Collection[str]) -> Iterator[Problem]:
 
 def _source(job: Job) -> Iterator[Problem]:
     source, where = job.data.source, "data.source"
-    if source in _BUILT_IN_SOURCES or is_url(source):
+    built_in, named = source in _BUILT_IN_SOURCES, is_object(source)
+    if built_in or named or not is_url(source):
+        yield from _pointless(job, is_file=not (built_in or named))
+    if built_in:
         return
-    if source.endswith(".npz"):
-        if not Path(source).is_file():
-            yield Problem(f"no such file: '{source}'", where, similar_files(Path(source), (".npz",)))
-    elif ":" in source:
+    if named:
         yield from _object(source, where)
     else:
-        near = nearest(source, _BUILT_IN_SOURCES)
-        names = ", ".join(f"'{name}'" for name in _BUILT_IN_SOURCES)
-        hint = f"did you mean '{near}'?" if near else f"expected {names}, an .npz file or URL, or 'module:function'"
-        yield Problem(f"no data source '{source}'", where, hint)
+        yield from _file(job)
+
+
+def _pointless(job: Job, *, is_file: bool) -> Iterator[Problem]:
+    """Keys that say something about files, or about a filesystem, where there is none."""
+    if job.data.storage:
+        yield Problem("only a URL has storage options", "data.storage", f"data.source is '{job.data.source}'")
+    if job.data.format != "auto" and not is_file:
+        yield Problem("only a file or folder has a format", "data.format", f"data.source is '{job.data.source}'")
+
+
+def _file(job: Job) -> Iterator[Problem]:
+    """What is wrong with a source that is a path or URL, as far as its name and the local disk tell."""
+    source, where = job.data.source, "data.source"
+    path = Path(source).expanduser()
+    format = format_of(source) if job.data.format == "auto" else job.data.format
+    if not is_url(source) and not path.exists():
+        yield no_such_source(source, _BUILT_IN_SOURCES, where)
+    elif format is None and path.is_file():
+        yield Problem(f"the ending of '{source}' tells no format", where, f"known: {KNOWN}; or set data.format")
+    elif format is not None:
+        yield from (replace(problem, where=where) for problem in missing_package(format))
 
 
 def _object(spec: str, where: str) -> Iterator[Problem]:

@@ -113,6 +113,24 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class KeyedSource(Source, Protocol):
+    """A source whose samples are split by what they are: one that is added anywhere moves none of the others."""
+
+    def sample_keys(self, indices: np.ndarray) -> np.ndarray:
+        """A key of each sample at ``indices`` (int64 ``[n]``): uint64 ``[n]``, the same wherever the sample stands."""
+        ...
+
+
+@runtime_checkable
+class DealtSource(Source, Protocol):
+    """A source that deals its samples itself: windows of text are cut after the text has been split."""
+
+    def parts(self) -> Mapping[str, range]:
+        """The indices of the 'train', 'val' and 'test' parts."""
+        ...
+
+
 @dataclass(frozen=True)
 class Shard:
     """This rank's piece of a tensor, and where it lies in the whole.

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from .formats import Format, is_url
 from .parallel import Parallel
 from .schema import word_detail
 
@@ -90,13 +91,17 @@ class Split(Spec):
 class DataSpec(Spec):
     source: str = "digits"
     """Where samples come from: a built-in data set ('digits', 'digits_scan', 'iris', 'wine', 'breast_cancer',
-    'diabetes', 'stdlib_text'), the path or URL of an .npz file with one array per batch key (at least 'x' and 'y'), or
-    'module:function' that returns a map-style dataset."""
+    'diabetes', 'stdlib_text'), the path or URL of a file or folder, or 'module:function' that returns a map-style
+    dataset."""
+    format: Format = "auto"
+    """What lies at a path or URL; 'auto' tells it by the file's ending, and a folder's by the files in it."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options of a built-in data set, keyword arguments for a 'module:function' source, or storage options for a URL,
-    without credentials."""
+    """How the file is read (which columns, which size: see the format), the options of a built-in data set, or keyword
+    arguments for 'module:function'."""
+    storage: dict[str, Any] = Field(default_factory=dict)
+    """Storage options for the fsspec filesystem of a URL, without credentials."""
     split: Split = Field(default_factory=Split)
-    """How samples are dealt to training, validation and test: by a keyed hash of the sample's index."""
+    """How samples are dealt to training, validation and test: by a keyed hash of the sample."""
     normalize: bool = True
     """Scale floating-point inputs 'x' to zero mean and unit variance, both computed on the training part only: each
     feature of a table (two axes) on its own, everything else by one figure for all."""
@@ -108,7 +113,8 @@ class DataSpec(Spec):
 
     @model_validator(mode="after")
     def _no_credentials(self) -> Self:
-        if "://" in self.source:
+        _refuse_credentials(self.storage)
+        if is_url(self.source):
             _refuse_credentials(self.options)
         return self
 

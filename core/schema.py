@@ -70,7 +70,7 @@ def expected(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         words = [expected(part, metadata) for part in parts]
         return " or ".join([*words, "null"] if len(parts) < len(get_args(annotation)) else words)
     if get_origin(annotation) is Literal:
-        return either([f"'{choice}'" for choice in get_args(annotation)])
+        return either([f"'{choice}'" if isinstance(choice, str) else str(choice) for choice in get_args(annotation)])
     if get_origin(annotation) is list:
         return f"a list of {_count(metadata)}{_plural(get_args(annotation)[0])}"
     if get_origin(annotation) is dict:

@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 
 from ..core.contracts import Batch, Source
 from ..core.keys import derive
+from .arrays import ArraySource
 from .normalize import Normalizer
 from .order import Microbatch, StepPlan
-from .sources import ArraySource
 from .split import Indices, Subset, look_up
 
 _log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -16,7 +16,9 @@ from .split import Indices, look_up
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHUNK = 4096  # samples per partial sum; fixed, because it decides the rounding
+# The samples of a partial sum decide the rounding, so their number depends on nothing but the size of a sample.
+_CHUNK = 4096
+_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Normalizer:
     """Shifts and scales floating-point inputs 'x'; leaves integers and every other field alone.
 
     Attributes:
-        mean: of all elements of 'x' over the training part; of a table ``[samples, features]`` one per feature.
-        std: standard deviation (population), 1 where all elements are equal; like ``mean``.
+        mean: of all elements of 'x' over the training part; of a table ``[samples, features]``, one per feature.
+        std: standard deviation (population), 1 where all elements are equal; likewise.
     """
 
     mean: float | tuple[float, ...] = 0.0
@@ -41,33 +43,35 @@ class Normalizer:
         Raises:
             JobError: 'x' holds NaN or infinity.
         """
-        pivot: np.ndarray | np.float64 | None = None  # the first row: differences from it are exact where all are equal
-        count, mean, squares = 0, np.float64(0.0), np.float64(0.0)
-        for start in range(0, len(indices), _CHUNK):
-            places = np.arange(start, min(start + _CHUNK, len(indices)), dtype=np.int64)
-            x = source.fetch(look_up(indices, places)).get("x")
-            if x is None or not x.is_floating_point():
-                return cls()
-            values = x.double().numpy()
-            values = values if values.ndim == 2 else values.ravel()  # rows of features, or of one
+        first = source.fetch(look_up(indices, np.zeros(1, dtype=np.int64))).get("x") if len(indices) else None
+        if first is None or not first.is_floating_point() or not first.numel():
+            return cls()
+        by_column = first.ndim == 2
+        columns = first.shape[1] if by_column else 1
+        chunk = max(1, min(_CHUNK, _CHUNK_BYTES // first.nbytes))
+        # The first element of each column: sums of differences from it are exact where all are equal.
+        pivot = first.double().numpy().reshape(-1)[:columns, None]
+        count, mean, squares = 0, np.zeros(columns), np.zeros(columns)
+        for start in range(0, len(indices), chunk):
+            places = np.arange(start, min(start + chunk, len(indices)), dtype=np.int64)
+            values = source.fetch(look_up(indices, places))["x"].double().numpy()
+            values = np.ascontiguousarray(values.reshape(-1, columns).T)  # numpy sums in pairs along the last axis only
             if not np.isfinite(values).all():
                 raise JobError(
                     Problem("'x' holds NaN or infinity", "data.normalize", "clean the data, or set it to false")
                 )
-            if not values.size:
-                continue
-            pivot = values[0] if pivot is None else pivot
-            values = values - pivot
-            chunk_mean = values.sum(axis=0) / len(values)
-            chunk_squares = np.square(values - chunk_mean).sum(axis=0)
-            total, shift = count + len(values), chunk_mean - mean
-            mean = mean + shift * len(values) / total
-            squares = squares + (chunk_squares + shift * shift * count * len(values) / total)
+            size = values.shape[1]
+            values -= pivot
+            chunk_mean = values.sum(axis=1) / size
+            chunk_squares = np.square(values - chunk_mean[:, None]).sum(axis=1)
+            total, shift = count + size, chunk_mean - mean
+            mean += shift * size / total
+            squares += chunk_squares + shift * shift * count * size / total
             count = total
-        if pivot is None:
-            return cls()
         std = np.sqrt(squares / count)
-        return cls(_plain(pivot + mean), _plain(np.where(std > 0, std, 1.0)))
+        std[std == 0] = 1.0
+        mean += pivot[:, 0]
+        return cls(tuple(mean.tolist()), tuple(std.tolist())) if by_column else cls(float(mean[0]), float(std[0]))
 
     def apply(self, fields: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``fields`` with 'x' normalised, in its own dtype; the given tensors are not changed.
@@ -88,21 +92,9 @@ class Normalizer:
         return {**fields, "x": ((x - mean) / std).to(x.dtype)}
 
     def state(self) -> dict[str, float | list[float]]:
-        """The figures as JSON has them: numbers, or lists of one per feature."""
-        return {"mean": _listed(self.mean), "std": _listed(self.std)}
+        """JSON-able."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in (("mean", self.mean), ("std", self.std))}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, float | Sequence[float]]) -> Normalizer:
-        return cls(mean=_frozen(state["mean"]), std=_frozen(state["std"]))
-
-
-def _plain(values: np.ndarray | np.float64) -> float | tuple[float, ...]:
-    return tuple(map(float, values)) if isinstance(values, np.ndarray) and values.ndim else float(values)
-
-
-def _listed(value: float | tuple[float, ...]) -> float | list[float]:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _frozen(value: float | Sequence[float]) -> float | tuple[float, ...]:
-    return float(value) if isinstance(value, (int, float)) else tuple(value)
+    def from_state(cls, state: Mapping[str, float | list[float]]) -> Normalizer:
+        return cls(*(tuple(v) if isinstance(v, list) else v for v in (state["mean"], state["std"])))

@@ -12,9 +12,10 @@ from typing import Any
 
 from ..checkpoint.export import export_weights
 from ..checkpoint.reader import catalogue, open_manifest
-from ..core.checks import check_job, is_url
+from ..core.checks import check_job
 from ..core.config import load_job
 from ..core.errors import JobError, Problem, RunFailed
+from ..core.formats import is_url
 from ..core.job import Job, RecoverySpec, Resources, TrackingSpec
 from ..tracking.wandb_mode import api_key_present, resolve_mode
 from .carry import RunResult, Work, carry_out

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..checkpoint.manifest import CorruptCheckpoint, Manifest
 from ..checkpoint.reader import catalogue, open_manifest
-from ..core.checks import is_url
 from ..core.errors import JobError, Problem
+from ..core.formats import is_url
 from ..core.job import Job
 from ..core.storage import Storage
 from .rundir import Record, RunDir, differences, newest_run

@@ -27,7 +27,7 @@ State = Literal["running", "finished", "stopped", "failed"]
 #: Parts of a job that may differ when a run is continued: they do not change what is computed.
 _FREE = (
     *("tracking", "resources", "recovery", "checkpoint.every", "checkpoint.keep", "checkpoint.options"),
-    *("data.prefetch", "data.workers", "train.log_every"),
+    *("data.prefetch", "data.workers", "data.storage", "train.log_every"),
 )
 
 

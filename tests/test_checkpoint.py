@@ -17,7 +17,6 @@ from dltrain.checkpoint import tensors
 from dltrain.checkpoint.export import export_weights
 from dltrain.checkpoint.manifest import CorruptCheckpoint
 from dltrain.checkpoint.reader import open_manifest, read, read_arrays
-from dltrain.checkpoint.shardfile import ITEMSIZE
 from dltrain.checkpoint.writer import (
     PieceKey,
     assign,
@@ -26,6 +25,7 @@ from dltrain.checkpoint.writer import (
 )
 from dltrain.core.contracts import Shard
 from dltrain.core.storage import Storage
+from dltrain.core.tensorfile import ITEMSIZE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open

@@ -99,7 +99,7 @@ def test_a_failing_storage_is_not_mistaken_for_a_corrupt_checkpoint(local: Stora
 SAVE_AND_DIE = """
 import os, signal, sys, traceback
 import torch
-from dltrain.checkpoint.shardfile import ITEMSIZE
+from dltrain.core.tensorfile import ITEMSIZE
 from dltrain.checkpoint.writer import assign, commit, held, make_manifest, write_shard
 from dltrain.core.contracts import Shard
 from dltrain.core.storage import Storage

@@ -49,12 +49,33 @@ def test_data_sources() -> None:
     assert problem(None, "data.source=mydata:laod").hint == "did you mean 'load'?"
 
 
+def test_files_are_looked_for_and_their_format_is_told_by_their_name() -> None:
+    for name in ("a.csv.gz", "odd.dat"):
+        Path(name).touch()
+    Path("photos").mkdir()
+    for source in ("a.csv.gz", "photos", "s3://bucket/photos", "s3://bucket/odd.dat"):
+        assert load(None, f"data.source={source}").job.data.source == source
+    assert problem(None, "data.source=a.csv") == Problem(
+        "no such file: 'a.csv'", "command line: data.source", "did you mean 'a.csv.gz'?"
+    )
+    assert problem(None, "data.source=folder/photos").hint == "the folder folder does not exist"
+    assert "tells no format" in problem(None, "data.source=odd.dat").what
+    assert load(None, "data.source=odd.dat", "data.format=npz").job.data.format == "npz"
+
+
+def test_what_says_nothing_about_a_source_is_refused() -> None:
+    assert problem(None, "data.storage.anon=true").where == "command line: data.storage"
+    assert problem(None, "data.format=csv").what == "only a file or folder has a format"
+    assert load(None, "data.source=s3://b/x.npz", "data.storage.anon=true").job.data.storage == {"anon": True}
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "checkpoint: {to: 's3://b/run', options: {key: A}}",
         "checkpoint: {to: 's3://b/run', options: {client_kwargs: {aws_secret_access_key: A}}}",
         "data: {source: 's3://b/x.npz', options: {secret: A}}",
+        "data: {source: 's3://b/x.npz', storage: {client_kwargs: {aws_secret_access_key: A}}}",
     ],
 )
 def test_credentials_are_refused(text: str) -> None:

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 from dltrain.cli.options import parse_launch
 from dltrain.core.config import load_job
+from dltrain.data.prepare import prepare
 from dltrain.models.registry import RECIPES
 from launching import Sandbox
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BIN = Path(sys.executable).parent
+NAMED = ("books",)  # folders of text that examples name
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -60,7 +62,13 @@ def test_commands_can_be_typed(line: str, folder: Path) -> None:
     words = shlex.split(line, comments=True)
     words = words[1 : words.index(">") if ">" in words else None]
     for word in words:  # what an example names is there
-        if word.endswith((".py", ".yaml")) and not Path(word).exists():
+        if word in NAMED:
+            Path(word).mkdir()
+            Path(word, "a.txt").write_text("text " * 500, encoding="utf-8")
+        elif word.removeprefix("data.source=").endswith(".tokens") and words[1] == "show":
+            Path("a.txt").write_text("text " * 500, encoding="utf-8")
+            prepare(["a.txt"], word.removeprefix("data.source="))
+        elif word.endswith((".py", ".yaml")) and not Path(word).exists():
             Path(word).parent.mkdir(parents=True, exist_ok=True)
             Path(word).touch()
         elif word.startswith("runs/"):
@@ -76,7 +84,7 @@ def test_commands_can_be_typed(line: str, folder: Path) -> None:
 
 def test_there_are_commands() -> None:
     """A guard against a pattern that finds nothing."""
-    assert {line.split()[1] for line in commands()} == {"launch", "config"}
+    assert {line.split()[1] for line in commands()} == {"launch", "config", "data"}
     assert len(list(commands())) > 15
 
 
@@ -131,6 +139,8 @@ def test_no_registry_and_no_place_on_a_machine_is_named() -> None:
 def test_examples_of_job_files_are_jobs_and_python_is_python(page: Path, folder: Path) -> None:
     for block in fences(page, "yaml"):
         Path("example.yaml").write_text(block, encoding="utf-8")
+        for path in re.findall(r"^  source: ([\w./-]+)(?:\s|$)", block, re.MULTILINE):  # what it names is there
+            Path(path).touch() if Path(path).suffix else Path(path).mkdir()
         load_job(Path("example.yaml"), recipes=RECIPES)
     for block in fences(page, "python"):
         compile(block, str(page), "exec")

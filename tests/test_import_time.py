@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 DLTRAIN = str(Path(sys.executable).with_name("dltrain"))
-HEAVY = {"torch", "ray", "wandb", "numpy", "pandas", "sklearn", "s3fs", "botocore", "aiohttp", "tensorboard"}
+HEAVY = {
+    "torch",
+    "ray",
+    "wandb",
+    "numpy",
+    "pandas",
+    "sklearn",
+    "s3fs",
+    "botocore",
+    "aiohttp",
+    "tensorboard",
+    "pyarrow",
+    "PIL",
+}
 SCHEMA = {"dltrain.core.job", "ruamel", "fsspec"}
 
 
@@ -27,7 +40,17 @@ def imported(*args: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "line", ["--help", "--version", "launch --help", "config --help", "nonsense", "launch --nonsense"]
+    "line",
+    [
+        "--help",
+        "--version",
+        "launch --help",
+        "config --help",
+        "data --help",
+        "data prepare --help",
+        "nonsense",
+        "launch --nonsense",
+    ],
 )
 def test_what_needs_no_job_reads_no_schema(line: str) -> None:
     assert not imported(*line.split()) & (HEAVY | SCHEMA)

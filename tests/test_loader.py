@@ -71,7 +71,9 @@ def data_threads() -> list[threading.Thread]:
 
 
 def children() -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    """Child processes, but for those that multiprocessing keeps for other tests: fork server and resource tracker."""
+    pids = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in pids if b"from multiprocessing." not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

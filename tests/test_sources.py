@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from dltrain.core.errors import JobError
-from dltrain.core.job import DataSpec
+from dltrain.core.job import DataSpec, Split
 from dltrain.data.sources import ArraySource, open_source
+from dltrain.data.split import split, split_source
 
 
 def refusal(spec: DataSpec) -> tuple[str, str]:
@@ -130,7 +131,7 @@ def test_files_that_are_no_npz(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(content)
     where, message = refusal(DataSpec(source=str(tmp_path / "a.npz")))
     assert where == "data.source"
-    assert "cannot be read as .npz" in message
+    assert "cannot be read as npz" in message
 
 
 def test_a_damaged_npz_is_noticed(tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_a_damaged_npz_is_noticed(tmp_path: Path) -> None:
     raw = bytearray(file.read_bytes())
     raw[4000] ^= 1
     file.write_bytes(raw)
-    assert "cannot be read as .npz" in refusal(DataSpec(source=str(file)))[1]
+    assert "cannot be read as npz" in refusal(DataSpec(source=str(file)))[1]
 
 
 def test_a_bare_array_is_no_npz(tmp_path: Path) -> None:
@@ -157,7 +158,10 @@ def test_missing_files_and_unknown_sources(tmp_path: Path) -> None:
     assert "no such file" in refusal(DataSpec(source="memory://sources/none.npz"))[1]
     assert "unknown protocol 'nope'" in refusal(DataSpec(source="nope://bucket/a.npz"))[1]
     assert "did you mean 'digits'" in refusal(DataSpec(source="digit"))[1]
-    assert "takes no options" in refusal(DataSpec(source=str(tmp_path / "train.npz"), options={"key": 1}))[1]
+    assert refusal(DataSpec(source=str(tmp_path / "train.npz"), options={"key": 1})) == (
+        "data.options.key",
+        "data.options.key: expected the name of an array or file, found the number 1",
+    )
 
 
 # --- module:function
@@ -209,6 +213,12 @@ class Odd(Own):
 
 class Long(Own):
     def fetch(self, indices): return {"x": torch.zeros(9)}
+
+class Keyed(Pairs):
+    def sample_keys(self, indices): return np.array([[11, 22, 33, 44, 55][i] for i in indices], dtype=np.uint64)
+
+class Unkeyed(Own):
+    def sample_keys(self, indices): return indices / 2
 
 def arrays(): return {"x": np.zeros((6, 2), np.float32), "y": torch.arange(6)}
 def tensors(): return TensorDataset(torch.arange(8.0), torch.arange(8))
@@ -265,6 +275,7 @@ def test_many_samples_are_asked_for_at_once(module: Callable[[str], str]) -> Non
         ("Stream", "Stream, which cannot be read by index"),
         ("Odd", "fetch() gave a Tensor"),
         ("Long", "no tensor of one sample for 'x'"),
+        ("Unkeyed", "sample_keys() of one index gave float64 [1]"),
         ("nothing", "NoneType, which cannot be read by index"),
         ("text", "str, which cannot be read by index"),
         ("fails", "RuntimeError: disk on fire"),
@@ -276,6 +287,17 @@ def test_users_mistakes(module: Callable[[str], str], function: str, says: str) 
     where, message = refusal(DataSpec(source=f"{module(DATASETS)}:{function}"))
     assert where == "data.source"
     assert says in message
+
+
+def test_a_data_set_with_keys_is_split_by_them(module: Callable[[str], str]) -> None:
+    halves = Split(train=0.5, val=0.5, test=0.0)
+    source = open_source(DataSpec(source=f"{module(DATASETS)}:Keyed"))
+    keys = [11, 22, 33, 44, 55]
+    of_keys = split(56, halves)  # a key is dealt like the index of that number
+    expected = {name: [i for i, key in enumerate(keys) if key in of_keys[name]] for name in of_keys}
+    assert {name: list(part) for name, part in split_source(source, halves).items()} == expected
+    assert expected["train"]
+    assert expected["val"]
 
 
 def test_an_empty_data_set_is_refused(module: Callable[[str], str]) -> None:

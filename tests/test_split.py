@@ -186,3 +186,18 @@ def test_every_process_fits_the_same_bits_whatever_its_threads() -> None:
     }
     assert len(outputs) == 1
     assert b"0x" in outputs.pop()
+
+
+def test_the_columns_of_a_table_are_normalised_each_by_itself() -> None:
+    x = np.random.default_rng(5).normal(size=(9000, 3)) * [1, 1000, 0] + [5, 0, 3]
+    table = ArraySource({"x": x})
+    fitted = Normalizer.fit(table, range(1, 9000))
+    assert fitted.mean == pytest.approx(x[1:].mean(axis=0), rel=1e-12, abs=1e-12)
+    assert fitted.std == pytest.approx((*x[1:, :2].std(axis=0), 1.0), rel=1e-9)
+    assert Normalizer.from_state(json.loads(json.dumps(fitted.state()))) == fitted
+    got = fitted.apply({"x": torch.from_numpy(x[1:])})["x"]
+    torch.testing.assert_close(got.mean(0), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.std(0, correction=0)[:2], torch.ones(2, dtype=torch.float64))
+    assert not got[:, 2].any()
+    with pytest.raises(JobError, match=r"\[5, 4\] is no table of the 3 features"):
+        fitted.apply({"x": torch.zeros(5, 4)})

@@ -16,7 +16,7 @@ from ..core.errors import JobError, Problem
 from ..core.job import Job
 from ..core.zero import check_zero
 from ..data.sources import open_source
-from ..data.split import split
+from ..data.split import split_source
 from ..strategies.build import check_parts
 from . import recipes
 from .recipes import load_recipe
@@ -65,4 +65,4 @@ def _users_traceback(error: Exception) -> str:
 
 def _check_data(job: Job) -> None:
     source = open_source(job.data)
-    split(len(source), job.data.split)
+    split_source(source, job.data.split)

@@ -24,7 +24,7 @@ from ..data.loader import Loader, eval_batches
 from ..data.normalize import Normalizer
 from ..data.order import StepPlan
 from ..data.sources import open_source
-from ..data.split import Subset, split
+from ..data.split import Subset, split_source
 from ..strategies.build import build_engine
 from ..strategies.schedule import rate
 from .agree import Agreement
@@ -49,7 +49,7 @@ class Trainer:
         self._data_ranks = job.parallel.axes(world)["data"]
         self._place = job.parallel.place(ctx.rank, world)
         self._source = open_source(job.data)
-        self._parts = split(len(self._source), job.data.split)
+        self._parts = split_source(self._source, job.data.split)
         train = job.train
         self._plan = StepPlan(
             n=len(self._parts["train"]),
@@ -287,7 +287,7 @@ class _Meter:
 
 def _saved_normalizer(manifest: Manifest) -> Normalizer:
     """The figures that the run began with, so that new data does not shift the inputs under the weights."""
-    return Normalizer.from_state(cast(dict[str, float], manifest.extra["normalizer"]))
+    return Normalizer.from_state(cast(dict[str, float | list[float]], manifest.extra["normalizer"]))
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

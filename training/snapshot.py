@@ -14,9 +14,9 @@ from ..checkpoint.manifest import CorruptCheckpoint, Manifest
 from ..checkpoint.reader import catalogue, open_manifest, read
 from ..checkpoint.retention import prune, set_aside
 from ..checkpoint.writer import PieceRecord, assign, commit, held, make_manifest, write_shard
-from ..core.checks import is_url
 from ..core.contracts import Engine, ShardedState
 from ..core.errors import DltrainError, JobError, Problem
+from ..core.formats import is_url
 from ..core.job import Job
 from ..core.storage import Storage
 from .reporter import Reporter

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 #: Bytes per element by the format's dtype code.
@@ -54,9 +54,13 @@ def order(item: Item) -> tuple[int, str]:
     return -ITEMSIZE[item.dtype], item.name
 
 
-def header(items: Sequence[Item]) -> bytes:
-    """The file's bytes up to the first tensor; the tensors follow in the order given, without gaps."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def header(items: Sequence[Item], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The file's bytes up to the first tensor; the tensors follow in the order given, without gaps.
+
+    Args:
+        metadata: texts for readers, beside the mark that torch's loaders look for.
+    """
+    table: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for item in items:
         begin, end = end, end + nbytes(item.dtype, item.shape)
