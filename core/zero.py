@@ -125,7 +125,7 @@ def settings(job: Job, world: int) -> dict[str, Any]:
     bucket = int(job.parallel.bucket_mb * 2**20) // 4  # in float32 elements; DeepSpeed's own default takes 2 GB
     for key in ("reduce_bucket_size", "allgather_bucket_size"):
         config["zero_optimization"].setdefault(key, bucket)
-    return config | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return config
 
 
 def _section(tree: dict[str, Any], path: str) -> dict[str, Any]:
@@ -142,6 +142,8 @@ def _determined(job: Job, world: int | None) -> dict[str, tuple[Any, str]]:
     found: dict[str, tuple[Any, str]] = {
         "train_batch_size": (train.global_batch, "train.global_batch"),
         "gradient_clipping": (train.clip_norm or 0.0, "train.clip_norm"),
+        "zero_allow_untested_optimizer": (True, "train.optimizer"),  # torch's are
+        "zero_force_ds_cpu_optimizer": (False, "train.optimizer"),  # it would have to be compiled first
         "zero_optimization.stage": (stage, f"parallel.strategy '{job.parallel.strategy}'"),
         "zero_optimization.offload_optimizer.device": (job.parallel.offload, "parallel.offload"),
         "fp16.enabled": (False, precision),
@@ -164,7 +166,7 @@ def _contradictions(native: dict[str, Any], job: Job, world: int | None) -> Iter
     """Keys of the native configuration that the job says otherwise, or that it cannot have."""
     for reason, keys in _REFUSED.items():
         for key in keys:
-            if _look_up(native, key) not in (None, False, {}):
+            if not _is_off(_look_up(native, key)):
                 yield Problem(f"{job.parallel.deepspeed}: {key} {reason}", _FILE, _HANDS_OFF)
     try:
         determined = _determined(job, world)
@@ -179,6 +181,14 @@ def _contradictions(native: dict[str, Any], job: Job, world: int | None) -> Iter
         if theirs != ours:
             what = f"{job.parallel.deepspeed}: {key} is {json.dumps(theirs)}, the job's {where} says {json.dumps(ours)}"
             yield Problem(what, _FILE, f"make them agree, or {_HANDS_OFF}")
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a value is one of DeepSpeed's ways to say: not at all."""
+    if isinstance(value, dict):
+        section = cast("dict[str, Any]", value)
+        return not section.get("enabled", bool(section))
+    return value is None or (value is not True and value in (False, 0, 1, -1))
 
 
 def _look_up(tree: Any, path: str) -> Any:

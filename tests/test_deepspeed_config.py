@@ -118,6 +118,12 @@ def test_a_file_that_cannot_be_read(text: str | None, what: str) -> None:
             (),
             "keeps weights where checkpoints do not find them",
         ),
+        ({"sparse_gradients": True}, (), "sparse_gradients changes what is computed"),
+        (
+            {"zero_force_ds_cpu_optimizer": True},
+            (),
+            "zero_force_ds_cpu_optimizer is true, the job's train.optimizer says false",
+        ),
         ({"tensor_parallel": {"autotp_size": 2}}, (), "tensor_parallel spreads the model"),
         ({"elasticity": {"enabled": True}}, (), "elasticity changes what is computed"),
         ({"wandb": {"enabled": True}}, (), "wandb is done by dltrain"),
@@ -151,8 +157,10 @@ def test_what_agrees_or_is_auto_or_is_deepspeeds_own_passes() -> None:
         optimizer={"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": "auto"}},
         scheduler={},
         fp16={"enabled": False},
-        zero_optimization={"stage": 2, "overlap_comm": False, "reduce_bucket_size": 1000, "offload_param": {}},
+        zero_optimization={"stage": 2, "overlap_comm": False, "reduce_bucket_size": 1000, "zero_hpz_partition_size": 1},
         wall_clock_breakdown=True,
+        wandb={"enabled": False},
+        elasticity={"enabled": False},
     )
     job = load(None, NATIVE, *TWO_RANKS, "train.clip_norm=1.0", "train.microbatches=6").job
     found = settings(job, 2)
