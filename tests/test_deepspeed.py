@@ -116,8 +116,9 @@ def resume_along(folder: Path, job: tuple[str, ...], route: list[tuple[str, int]
     """Train ``steps`` more steps under each (strategy, number of ranks), each from the last one's checkpoint."""
     for index, (strategy, world) in enumerate(route, start=1):
         until = ("train.schedule.name=constant", f"train.steps={index * steps}")
-        native = () if strategy == "ddp" else ("parallel.deepspeed=small.json",)
-        run = train_ranks(folder, world, *job, *until, *native, f"parallel.strategy={strategy}")
+        more = () if strategy == "ddp" else ("parallel.deepspeed=small.json",)
+        more += ("parallel.offload=cpu",) if strategy == "zero1" else ()
+        run = train_ranks(folder, world, *job, *until, *more, f"parallel.strategy={strategy}")
     return run
 
 
