@@ -43,6 +43,10 @@ class Batch:
 #: by its vocabulary. 'dropout': a Dropout of values that are cut along the last axis: the mask of the whole, sliced.
 TensorRule = Literal["column", "row", "whole_column", "embedding", "dropout"]
 
+#: How one submodule works on slices of the sequence. 'norm': on its slice, and the results are gathered. 'dropout': a
+#: Dropout that draws the mask of the whole, sliced.
+SequenceRule = Literal["norm", "dropout"]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -51,6 +55,8 @@ class Layout:
     Attributes:
         units: names of the submodules that are sharded and gathered as one (FSDP units, checkpointing units).
         tensor: how tensor parallelism cuts submodules, by name; ``*`` stands for one component of a name.
+        sequence: what works on the ranks' slices of the sequence (axis 1) where the job asks for it, by name. The
+            outputs of every 'row' and 'embedding' are then cut along it, until a norm gathers them.
         tensor_sizes: numbers that the ranks of a tensor group share evenly, such as ``{"attention heads": 8}``, beside
             the sizes of the matrices themselves; the names are for messages.
         double_backward: whether the loss differentiates through gradients, as Wasserstein-GP's penalty does. Such a
@@ -59,6 +65,7 @@ class Layout:
 
     units: tuple[str, ...] = ()
     tensor: Mapping[str, TensorRule] = field(default_factory=dict[str, "TensorRule"])
+    sequence: Mapping[str, SequenceRule] = field(default_factory=dict[str, "SequenceRule"])
     tensor_sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     double_backward: bool = False
 

@@ -24,6 +24,9 @@ class Parallel(BaseModel):
     tensor: int = Field(default=1, gt=0)
     """Neighbouring ranks that compute the same microbatches together, each with its share of the model's matrices
     (tensor parallelism, by the rules of the recipe's layout). The others are data-parallel."""
+    sequence: bool = False
+    """tensor: also cut what lies between those matrices, along the sequence, by the rules of the recipe's layout. Takes
+    less memory for activations; sequences must divide evenly."""
     bucket_mb: float = Field(default=25.0, gt=0)
     """ddp: size of the gradient buckets whose all-reduce overlaps with backward, in MiB. zero1, zero2 and zero3 take it
     where the DeepSpeed configuration says nothing of it."""
@@ -59,6 +62,8 @@ class Parallel(BaseModel):
                 raise ValueError(f"'{name}' is for the strategy 'ddp' without 'tensor'")
         if not plain_ddp and not self.zero_stage and self._is_set("bucket_mb"):
             raise ValueError("'bucket_mb' is for the strategy 'ddp' without 'tensor', and for zero1, zero2, zero3")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("'sequence' needs 'tensor' above 1")
         for name in ("replicas", "reshard", "reduce"):
             if self.strategy != "fsdp" and self._is_set(name):
                 raise ValueError(f"'{name}' is for the strategy 'fsdp'")

@@ -54,7 +54,7 @@ def build_engine(
     for name, module in modules.items():
         layout = recipe.layout(name)
         if mesh is not None and parallel.tensor > 1:
-            cut(module, layout, mesh["tensor"])
+            cut(module, layout, mesh["tensor"], sequence=parallel.sequence)
         if job.train.recompute:
             recompute(module, layout.units)
         if job.train.compile:
@@ -96,6 +96,9 @@ def _check_layouts(job: Job, parts: Mapping[str, tuple[nn.Module, Layout]]) -> N
     if parallel.tensor > 1 and not any(layout.tensor for _, layout in parts.values()):
         what = f"the layout of {job.recipe} has no rules for tensor parallelism"
         raise JobError(Problem(what, "parallel.tensor", "1 would do"))
+    if parallel.sequence and not any(layout.sequence for _, layout in parts.values()):
+        what = f"the layout of {job.recipe} has no rules for sequence parallelism"
+        raise JobError(Problem(what, "parallel.sequence", "false would do"))
     for name, (module, layout) in parts.items():
         if layout.double_backward and (parallel.cuts_weights or parallel.static_graph):
             what = f"the loss of part '{name}' differentiates through gradients: weights must be whole, the graph free"
@@ -106,7 +109,7 @@ def _check_layouts(job: Job, parts: Mapping[str, tuple[nn.Module, Layout]]) -> N
                 what = f"the layout of part '{name}' has a unit '{unit}', which is no submodule"
                 raise JobError(Problem(what, "recipe", did_you_mean(unit, submodules - {""})))
         if parallel.tensor > 1:
-            check_cut(name, module, layout, parallel.tensor)
+            check_cut(name, module, layout, parallel)
 
 
 def _mesh(parallel: Parallel, world: int, device: torch.device) -> DeviceMesh | None:

@@ -11,14 +11,14 @@ from dltrain.core.contracts import Batch, Layout
 from torch import Tensor, nn
 from torch.nn import functional
 
-WORDS, LENGTH = 24, 12
+WORDS = 24
 
 
-def corpus() -> dict[str, np.ndarray]:
+def corpus(length: int = 12) -> dict[str, np.ndarray]:
     """Sequences in which each word mostly decides the next."""
     draw = np.random.default_rng(7)
-    words = draw.integers(WORDS, size=(400, LENGTH + 1))
-    for place in range(LENGTH):
+    words = draw.integers(WORDS, size=(400, length + 1))
+    for place in range(length):
         follows = (5 * words[:, place] + 3) % WORDS
         words[:, place + 1] = np.where(draw.random(400) < 0.8, follows, words[:, place + 1])
     return {"x": words[:, :-1], "y": words[:, 1:]}
@@ -88,7 +88,10 @@ class Recipe(dltrain.Recipe):
         rows = {"blocks.*.attention.o": "row", "blocks.*.mlp.down": "row", self.row: "row"}
         ends = {"embedding": "embedding", "head": "whole_column"}
         return Layout(
-            units=("blocks.0", self.unit), tensor=attention | mlp | rows | ends, tensor_sizes={"groups of heads": 2}
+            units=("blocks.0", self.unit),
+            tensor=attention | mlp | rows | ends,
+            sequence={"blocks.*.norm1": "norm", "blocks.*.norm2": "norm", "norm": "norm", "blocks.*.drop": "dropout"},
+            tensor_sizes={"groups of heads": 2},
         )
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:

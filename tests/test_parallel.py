@@ -50,6 +50,7 @@ def test_a_world_that_the_axes_do_not_divide(parallel: dict[str, object], world:
         ("{reduce: microbatch}", "'reduce' is for the strategy 'fsdp'"),
         ("{strategy: fsdp, bucket_mb: 4}", "'bucket_mb' is for the strategy 'ddp' without 'tensor'"),
         ("{tensor: 2, compress: bf16}", "'compress' is for the strategy 'ddp' without 'tensor'"),
+        ("{sequence: true}", "'sequence' needs 'tensor' above 1"),
         ("{compress: bf16, powersgd_rank: 2}", "'powersgd_rank' is for compress 'powersgd'"),
     ],
 )
@@ -80,6 +81,8 @@ def test_what_a_recipe_cannot_share_is_refused_with_what_it_can() -> None:
     words = {"recipe": "small_transformer:Recipe", "data": {"source": "small_transformer:corpus"}}
     found = recipe_problem(parallel={"tensor": 4}, **words)
     assert found == Problem("2 groups of heads cannot be shared by 4 ranks", "parallel.tensor", "2 would do")
+    found = recipe_problem(parallel={"tensor": 2, "sequence": True})
+    assert found.what == "the layout of cnn has no rules for sequence parallelism"
     found = recipe_problem(parallel={"tensor": 2}, recipe="gan")
     assert found == Problem("the layout of gan has no rules for tensor parallelism", "parallel.tensor", "1 would do")
 

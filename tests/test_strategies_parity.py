@@ -102,6 +102,7 @@ FAST = [
     (2, FSDP),
     (2, FSDP, "parallel.reduce=microbatch", "parallel.reshard=false", "train.recompute=true"),
     (2, "parallel.tensor=2"),
+    (2, "parallel.tensor=2", "parallel.sequence=true"),
 ]
 SLOW = [
     (4,),
@@ -110,6 +111,7 @@ SLOW = [
     (4, FSDP, "parallel.replicas=2", "parallel.reduce=microbatch"),
     (4, "parallel.tensor=2"),
     (4, FSDP, "parallel.tensor=2"),
+    (4, FSDP, "parallel.tensor=2", "parallel.sequence=true"),
     (2, "parallel.tensor=2", "train.recompute=true"),
 ]
 CELLS = [
@@ -129,6 +131,11 @@ def test_every_strategy_computes_what_one_plain_process_does(
 @pytest.mark.parametrize("strategy", [FSDP, "parallel.tensor=2"])
 def test_weights_that_are_used_twice_stay_one(tmp_path: Path, strategy: str) -> None:
     check(train_ranks(tmp_path, 2, *JOB, *WORDS, "model.tied=true", strategy), plain(tied=True))
+
+
+def test_a_sequence_that_the_ranks_cannot_share_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="a sequence of 11 cannot be shared evenly by 2 ranks"):
+        train_ranks(tmp_path, 2, *WORDS, "data.options={length: 11}", "parallel.tensor=2", "parallel.sequence=true")
 
 
 def test_bf16_rounds_the_same_and_keeps_weights_in_float32(tmp_path: Path) -> None:
