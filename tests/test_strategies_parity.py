@@ -5,6 +5,7 @@ The built-in models are held to the same in test_parity.py.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -20,7 +21,8 @@ from dltrain.core.keys import derive
 from dltrain.core.storage import Storage
 from dltrain.data.order import Order
 from dltrain.data.split import split
-from ranks import train_ranks
+from held import say_what_is_held
+from ranks import run_ranks, train_ranks
 from runs import RunFolder
 from small_transformer import Transformer, plain_corpus
 from torch import Tensor, nn
@@ -97,14 +99,14 @@ def check(run: RunFolder, reference: Trained) -> None:
 
 FSDP = "parallel.strategy=fsdp"
 FAST = [
-    (1,),
     (2,),
     (2, FSDP),
     (2, FSDP, "parallel.reduce=microbatch", "parallel.reshard=false", "train.recompute=true"),
-    (2, "parallel.tensor=2"),
     (2, "parallel.tensor=2", "parallel.sequence=true"),
 ]
 SLOW = [
+    (1,),
+    (2, "parallel.tensor=2"),
     (4,),
     (4, FSDP),
     (4, FSDP, "parallel.replicas=2"),
@@ -187,3 +189,14 @@ def test_a_checkpoint_goes_on_under_any_other_strategy(
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "share"), [((), 1.0), ((FSDP,), 0.5), (("parallel.tensor=2",), 0.5), ((FSDP, "train.ema=0.9"), 0.5)]
+)
+def test_a_rank_holds_and_loads_its_share_only(tmp_path: Path, strategy: tuple[str, ...], share: float) -> None:
+    job = ("model.widths=[8]", "model.hidden=256")
+    assert run_ranks(say_what_is_held, 2, tmp_path, *job, *strategy) == [0, 0]
+    for rank in (0, 1):
+        said = json.loads((tmp_path / f"rank{rank}.log").read_text())
+        assert said["held"] == pytest.approx(share * said["whole"], rel=0.02)
