@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..core.contracts import Batch, Layout
+from ..core.contracts import Batch, Layout, SequenceRule, TensorRule
 from ..core.job import Spec
 from .attention import Attention, Block, SwiGLU
 from .inputs import as_sequence, refuse_idle_keys
@@ -173,10 +173,34 @@ class TransformerRecipe:
         return {"transformer": Transformer(self.config)}
 
     def layout(self, part: str) -> Layout:
-        """The blocks, and both ends unless they share a matrix, which then stays with the whole model."""
-        blocks = tuple(f"blocks.{i}" for i in range(self.config.layers))
-        tied = self.config.task == "next_token" and self.config.tie_weights
-        return Layout(units=blocks if tied else ("embedding", *blocks, "head"))
+        """The blocks, and both ends unless they share a matrix, which then stays with the whole model.
+
+        A tensor group shares the heads, the feed-forward layers' inner width, and the vocabulary (Shoeybi et al. 2019,
+        "Megatron-LM"; the sequence as in Korthikanti et al. 2022, "Reducing activation recomputation").
+        """
+        config = self.config
+        blocks = tuple(f"blocks.{i}" for i in range(config.layers))
+        of_tokens = config.task == "next_token" or config.inputs is None
+        columns = ("attention.q", "attention.k", "attention.v", "feedforward.gate", "feedforward.up")
+        rules: dict[str, TensorRule] = {f"blocks.*.{name}": "column" for name in columns}
+        rules |= {"blocks.*.attention.output": "row", "blocks.*.feedforward.down": "row"}
+        if of_tokens:
+            rules["embedding"] = "embedding"
+        if config.task == "next_token":
+            rules["head"] = "whole_column"
+        along: dict[str, SequenceRule] = {
+            "blocks.*.attention_norm": "norm",
+            "blocks.*.feedforward_norm": "norm",
+            "norm": "norm",
+            "blocks.*.dropout": "dropout",
+            "dropout": "dropout",
+        }
+        return Layout(
+            units=blocks if config.task == "next_token" and config.tie_weights else ("embedding", *blocks, "head"),
+            tensor=rules,
+            sequence=along if of_tokens else {},  # vectors come in whole
+            tensor_sizes={"heads": config.heads, "kv_heads": config.kv_heads},
+        )
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:
         return cross_entropy(parts[part](batch["x"]), batch["y"], smoothing=self.config.label_smoothing)

@@ -23,6 +23,20 @@ _COMMON = (
 JOBS: dict[str, tuple[str, ...]] = {
     "cnn": ("recipe=cnn", "model.widths=[8, 16]", "model.hidden=24", "model.dropout=0.2"),
     "gan": ("recipe=gan", "model.width=16", "model.latent=8"),
+    "lstm": ("recipe=rnn", "model.cell=lstm", "model.hidden=16", "model.layers=2", "model.dropout=0.2"),
+    "gru, forecasting": (
+        *("recipe=rnn", "model.task=forecast", "model.cell=gru", "model.inputs=1", "model.hidden=16", "model.loss=l1"),
+        *("model.horizon=8", "model.offset=4.9", "model.scale=6", "data.source=digits_scan"),
+    ),
+    "transformer": (
+        *("recipe=transformer", "model.dim=16", "model.feedforward=32", "model.dropout=0.1", "model.vocabulary=24"),
+        "data.source=small_transformer:corpus",
+    ),
+    "encoder": (
+        *("recipe=transformer", "model.task=classify", "model.inputs=8", "model.dim=16", "model.feedforward=32"),
+        "model.dropout=0.1",
+    ),
+    "mlp": ("recipe=mlp", "model.hidden=[16, 16]", "data.source=iris"),
     "gan, wasserstein": ("recipe=gan", "model.width=16", "model.latent=8", "model.loss=wasserstein"),
 }
 
@@ -46,7 +60,7 @@ class Cell:
 
 _FSDP, _TENSOR = "parallel.strategy=fsdp", "parallel.tensor=2"
 _SIMPLE = tuple(job for job in JOBS if job != "gan, wasserstein")  # which differentiates through gradients
-_CUT = ("cnn",)  # have rules for tensor parallelism
+_CUT = ("cnn", "transformer", "encoder")  # have rules for tensor parallelism
 CELLS = (
     Cell("one process", 1),
     Cell("ddp × 2", 2),
@@ -57,8 +71,10 @@ CELLS = (
     Cell("fsdp × 4", 4, (_FSDP,), _SIMPLE),
     Cell("fsdp × 2 in 2 replicas", 4, (_FSDP, "parallel.replicas=2"), _SIMPLE),
     Cell("tensor × 2", 2, (_TENSOR,), _CUT),
+    Cell("tensor × 2 with the sequence", 2, (_TENSOR, "parallel.sequence=true"), ("transformer",)),
     Cell("ddp × 2, tensor × 2", 4, (_TENSOR,), _CUT),
     Cell("fsdp × 2, tensor × 2", 4, (_FSDP, _TENSOR), _CUT),
+    Cell("fsdp × 2, tensor × 2 with the sequence", 4, (_FSDP, _TENSOR, "parallel.sequence=true"), ("transformer",)),
     *(
         Cell(f"zero{stage} × {ranks}", ranks, (f"parallel.strategy=zero{stage}",), _SIMPLE)
         for stage in (1, 2, 3)
