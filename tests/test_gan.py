@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dltrain.core.job import Split
+from dltrain.core.errors import JobError
+from dltrain.core.job import Job, Split
 from dltrain.core.keys import derive
 from dltrain.data.order import Order
 from dltrain.data.split import split
+from dltrain.strategies.build import check_parts
 from dltrain.training.images import grid, png
+from dltrain.training.recipes import load_recipe
 from launching import Sandbox
 from ranks import train_ranks
 from sklearn.datasets import load_digits
@@ -143,6 +146,14 @@ def test_rows_of_numbers_have_a_gan_too(tmp_path: Path) -> None:
     ).rows()
     distance = [row["val/energy_distance"] for row in rows if "val/energy_distance" in row]
     assert distance[-1] < 0.5 * distance[0]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero3"])
+def test_the_gradient_penalty_is_refused_where_weights_are_cut(strategy: str) -> None:
+    job = Job.model_validate({"recipe": "gan", "model": {"loss": "wasserstein"}, "parallel": {"strategy": strategy}})
+    recipe = load_recipe(job)
+    with pytest.raises(JobError, match=r"parallel: the loss of part 'discriminator' differentiates through gradients"):
+        check_parts(job, recipe, recipe.parts())
 
 
 # ---- pictures
