@@ -88,8 +88,8 @@ class Recipe(Protocol):
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:
         """The mean loss of ``part`` over the samples of ``batch``: a scalar tensor with a gradient.
 
-        The other parts are there to be used: their weights are frozen meanwhile. A part may be called once only, since
-        wrappers that reduce gradients count on it.
+        The other parts are there to be used: their weights are frozen meanwhile. A part may be called once only, and
+        whole: strategies gather weights and reduce gradients when it is called, not its submodules.
         """
         ...
 

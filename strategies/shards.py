@@ -42,11 +42,11 @@ class Weight:
 
     def collect(self) -> None:
         """Give the piece its piece of the gradient."""
-        if self.piece is not self.whole:
-            grad = self.whole.grad
-            if isinstance(grad, DTensor) and isinstance(self.whole, DTensor):
-                grad = grad.redistribute(placements=self.whole.placements).to_local()
-            self.piece.grad = grad
+        grad = self.whole.grad
+        if isinstance(grad, DTensor) and isinstance(self.whole, DTensor):
+            if grad.placements != self.whole.placements:  # such as a sum that is still to be made
+                grad = grad.redistribute(placements=self.whole.placements)
+            self.piece.grad = grad.to_local()
 
     def clear(self) -> None:
         self.whole.grad = self.piece.grad = None
