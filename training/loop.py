@@ -130,7 +130,9 @@ class Trainer:
     def _say_setup(self, start: int) -> None:
         shards = self._engine.state()
         if self._ctx.rank == 0:
-            parameters = sum(math.prod(shard.shape) for name, shard in shards.items() if name.startswith("model."))
+            # by where they lie: a weight that has two names counts once
+            model = {s.data.data_ptr() or name: s for name, s in shards.items() if name.startswith("model.")}
+            parameters = sum(math.prod(shard.shape) for shard in model.values())
             self._reporter.send(
                 "setup",
                 start=start,
