@@ -27,7 +27,10 @@ State = Literal["running", "finished", "stopped", "failed"]
 #: Parts of a job that may differ when a run is continued: they do not change what is computed.
 _FREE = (
     *("tracking", "resources", "recovery", "checkpoint.every", "checkpoint.keep", "checkpoint.options"),
-    *("data.prefetch", "data.workers", "data.storage", "train.log_every"),
+    *("data.prefetch", "data.workers", "data.storage", "train.log_every", "train.recompute"),
+    # how the model is spread, except for lossy compression
+    *(f"parallel.{key}" for key in ("strategy", "tensor", "sequence", "replicas", "reshard", "reduce", "offload")),
+    *(f"parallel.{key}" for key in ("bucket_mb", "static_graph", "deepspeed")),
 )
 
 

@@ -78,3 +78,7 @@ def test_a_disk_that_takes_nothing_is_told_of_and_nothing_is_half_written(tmp_pa
 def test_only_what_changes_the_numbers_makes_another_job() -> None:
     changed = Job.model_validate({"name": "mine", "seed": 1, "resources": {"nodes": 4}, "data": {"workers": 2}})
     assert differences(changed, JOB) == ["seed"]
+    spread = Job.model_validate({"name": "mine", "parallel": {"strategy": "fsdp", "tensor": 2, "replicas": 2}})
+    assert differences(spread, JOB) == []
+    lossy = Job.model_validate({"name": "mine", "parallel": {"compress": "bf16"}})
+    assert differences(lossy, JOB) == ["parallel.compress"]
