@@ -304,7 +304,8 @@ class Job(Spec):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Root of all randomness: initial weights, sample order, dropout."""
     recipe: str = "cnn"
-    """The model and how to train it: 'cnn', 'mlp', 'rnn', 'transformer', or your own as 'my_pkg.my_module:MyRecipe'."""
+    """The model and how to train it: 'cnn', 'gan', 'mlp', 'rnn', 'transformer', or your own as
+    'my_pkg.my_module:MyRecipe'."""
     model: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the recipe, by name."""
     data: DataSpec = Field(default_factory=DataSpec)

@@ -58,7 +58,7 @@ def test_two_ranks_compute_what_one_does(name: str, tmp_path: Path) -> None:
 
 
 def test_every_recipe_is_among_them_and_named_in_the_schema() -> None:
-    assert {name.split()[0] for name in JOBS} == set(RECIPES)
+    assert {name.split()[0] for name in JOBS} | {"gan"} == set(RECIPES)  # which has two losses: test_gan.py
     assert all(f"'{name}'" in (Job.model_fields["recipe"].description or "") for name in RECIPES)
 
 
