@@ -12,6 +12,7 @@ from dltrain.core.errors import JobError, Problem
 def load(text: str | None = None, *overrides: str, recipes: tuple[str, ...] = ("cnn",), **environ: str) -> ResolvedJob:
     path = None
     if text is not None:
+        assert not Path("pyproject.toml").exists(), "not into the checkout: use the fixture empty_folder"
         path = Path("dltrain.yaml")
         path.write_text(text, encoding="utf-8")
     return load_job(path, overrides, {}, environ, recipes=recipes)

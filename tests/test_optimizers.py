@@ -128,6 +128,7 @@ def test_a_plateau_falls_as_often_as_it_is_told() -> None:
     assert [rate(schedule, step=5, total_steps=10, falls=falls) for falls in range(3)] == [1, 0.5, 0.25]
 
 
+@pytest.mark.usefixtures("empty_folder")
 def test_a_parts_optimizer_is_the_common_one_with_its_own_values() -> None:
     text = "train: {optimizer: {name: sgd, lr: 0.1}, parts: {generator: {lr: 0.2, every: 5}}}"
     train = Job.model_validate({"train": {"parts": {"generator": {"lr": 0.2}}}}).train
