@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from stage import uninterrupted
 
 if TYPE_CHECKING:
     from s3_server import S3Server
+
+# A shell has what it starts in the background ignore SIGINT, and every process inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
