@@ -69,7 +69,7 @@ def train(strategy: str) -> None:
     before = resident()
     torch.manual_seed(0)
     engine = build_engine(
-        job, Deep(), world=world, device=torch.device("cpu"), reseed=lambda *_: None, mark=lambda _: None
+        job, Deep(), rank=rank, world=world, device=torch.device("cpu"), reseed=lambda *_: None, mark=lambda _: None
     )
     for step in range(6):
         if step == 3:

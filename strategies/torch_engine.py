@@ -120,10 +120,7 @@ class TorchEngine(Engine):
                 spread.module.train()
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        with (
-            torch.no_grad(),
-            self._passes.precision(),
-        ):  # not inference_mode: weights gathered in it could not be trained
+        with torch.no_grad(), self._passes.precision():  # weights gathered in inference mode could not be trained
             return self._passes.recipe.metrics(self._helping(), batch)
 
     def samples(self) -> Mapping[str, Tensor]:

@@ -45,7 +45,7 @@ def by_hand(spec: Optimizer, model: nn.Module) -> list[torch.optim.Optimizer]:
         case "sgd":
             return [torch.optim.SGD(decaying, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)]
         case "adam":
-            return [torch.optim.Adam(decaying, lr=spec.lr, betas=betas)]
+            return [torch.optim.Adam(decaying, lr=spec.lr, betas=betas, eps=spec.eps)]
         case "adamw":
             return [torch.optim.AdamW(decaying, lr=spec.lr, betas=betas)]
         case "adafactor":
@@ -66,7 +66,7 @@ def by_hand(spec: Optimizer, model: nn.Module) -> list[torch.optim.Optimizer]:
     "spec",
     [
         Optimizer(name="sgd", weight_decay=0.1, nesterov=True),
-        Optimizer(name="adam", weight_decay=0.1, betas=[0.5, 0.9]),
+        Optimizer(name="adam", weight_decay=0.1, betas=[0.5, 0.9], eps=1e-3),
         Optimizer(name="adamw", weight_decay=0.1),
         Optimizer(name="adafactor", weight_decay=0.1, lr=0.01),
         Optimizer(name="muon", weight_decay=0.1),

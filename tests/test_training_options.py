@@ -11,6 +11,7 @@ from dltrain.checkpoint.export import export_weights
 from dltrain.checkpoint.reader import catalogue, open_manifest, read
 from dltrain.core.storage import Storage
 from dltrain.models.cnn import Cnn, CnnConfig
+from dltrain.training.course import Watch
 from jobfiles import problem
 from ranks import train_ranks
 from runs import RunFolder
@@ -121,6 +122,12 @@ def test_the_rate_falls_when_the_metric_does_not_improve(tmp_path: Path, ranks: 
         done = row["step"] - 1
         expected = 0.05 * (done + 1) / 4 if done < 3 else 0.05 * 0.5 ** sum(step <= done for step in falls)
         assert row["train/lr"] == pytest.approx(expected), row["step"]
+
+
+def test_a_metric_may_be_better_when_higher() -> None:
+    watch = Watch("val/accuracy", "max", patience=2, min_delta=0.01)
+    values = (0.5, 0.6, 0.605, 0.4, 0.7, 0.6, 0.7)
+    assert [watch.worn({"val/accuracy": value}, "") for value in values] == [*(3 * [False]), True, False, False, True]
 
 
 @pytest.mark.usefixtures("empty_folder")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.manifest import Manifest
-from ..core.contracts import Batch, StepResult
+from ..core.contracts import Batch, DrawsSamples, StepResult
 from ..core.errors import JobError, Problem
 from ..core.job import Job
 from ..core.keys import derive
@@ -66,9 +66,11 @@ class Trainer:
         self._course = Course(train)
         self._evaluate_every = train.evaluate_every or math.ceil(len(self._parts["train"]) / train.global_batch)
         torch.manual_seed(derive(job.seed, "weights"))
+        recipe = load_recipe(job)
+        self._draws = isinstance(recipe, DrawsSamples)
         self._engine = build_engine(
             job,
-            load_recipe(job),
+            recipe,
             rank=ctx.rank,
             world=world,
             device=device,
@@ -226,7 +228,9 @@ class Trainer:
         return {f"{part}/{name}": value for name, value in found.items()}
 
     def _draw(self, done: int) -> None:
-        """Show what the recipe draws after ``done`` steps: of the same random numbers every time."""
+        """Show what the recipe draws after ``done`` steps, if it draws: of the same random numbers every time."""
+        if not self._draws:
+            return
         self._seed("samples")
         with self._engine.evaluating():
             drawn = self._engine.samples()
