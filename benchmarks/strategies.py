@@ -120,9 +120,10 @@ def main() -> None:
         base: int | None = None
         for strategy in args.strategies:
             between, peak = measure(strategy, ranks)
-            base = base or peak
+            base = peak if strategy == "ddp" else base
+            share = f"{peak / base:.0%}" if base else "not measured"
             cells = [f"{size / 2**20:.0f} MiB, {size / weights:.1f} ×" for size in (between, peak)]
-            print(f"| {ranks} | {strategy} | {cells[0]} | {cells[1]} | {peak / base:.0%} |", flush=True)
+            print(f"| {ranks} | {strategy} | {cells[0]} | {cells[1]} | {share} |", flush=True)
 
 
 if __name__ == "__main__":
