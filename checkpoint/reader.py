@@ -78,7 +78,7 @@ def read_arrays(
     pieces = sorted(_touched(manifest, wanted), key=lambda item: (item[1].file, item[1].begin))
     _check_files(storage, manifest.step, pieces)
     arrays = {fqn: np.empty(shape, _bits(manifest, fqn)) for fqn, (_, shape) in wanted.items()}
-    for run in _runs(pieces):
+    for run in runs(pieces):
         file, begin = run[0][1].file, run[0][1].begin
         data = storage.read_range(f"{folder_name(manifest.step)}/{file}", begin, run[-1][1].end)
         for fqn, piece in run:
@@ -121,7 +121,7 @@ def _check_files(storage: Storage, step: int, pieces: list[tuple[str, PieceEntry
             raise CorruptCheckpoint(step, file, fqn, why)
 
 
-def _runs(pieces: list[tuple[str, PieceEntry]]) -> Iterator[list[tuple[str, PieceEntry]]]:
+def runs(pieces: list[tuple[str, PieceEntry]]) -> Iterator[list[tuple[str, PieceEntry]]]:
     """Groups of pieces that follow each other in one file, of ``_RUN`` bytes at most (or one piece)."""
     run: list[tuple[str, PieceEntry]] = []
     for item in pieces:

@@ -17,6 +17,7 @@ import typer
 from .. import __version__
 from ..core.errors import DltrainError, JobError, Problem
 from .arguments import classify
+from .checkpoint import checkpoint
 from .options import add_launch
 from .render import exit_code, render_error
 
@@ -34,6 +35,7 @@ data = typer.Typer(no_args_is_help=True, help="Look at a job's data, and prepare
 add_launch(app)
 app.add_typer(config, name="config")
 app.add_typer(data, name="data")
+app.add_typer(checkpoint, name="checkpoint")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection, Sequence
 from typing import TextIO
 
 from ..core.errors import DltrainError, Interrupted, JobError, Problem, RunFailed
@@ -49,3 +50,24 @@ def _sentence(problem: Problem) -> str:
     first, *more = problem.what.splitlines() or [""]
     place = f"{problem.where}: " if problem.where else ""
     return "\n".join([f"{place}{first}", *(f"      {line}" for line in more)])
+
+
+def columns(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
+    """``rows`` as lines whose columns stand under each other; those numbered in ``right`` end where they end."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+    )
+    return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+def data_size(count: float) -> str:
+    """A number of bytes for people: ``"512 B"``, ``"1.5 kB"``, ``"23.4 GB"``."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:,.1f} TB"

@@ -47,6 +47,8 @@ def imported(*args: str) -> set[str]:
         "launch --help",
         "config --help",
         "data --help",
+        "checkpoint --help",
+        "checkpoint ls --help",
         "data prepare --help",
         "nonsense",
         "launch --nonsense",

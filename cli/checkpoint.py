@@ -1,0 +1,48 @@
+"""``dltrain checkpoint``: what its commands are called and take. What they do is in :mod:`.checkpoints`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+_SOURCE_HELP = "A run directory, a folder or URL of checkpoints, or one step-* folder."
+_Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP)]
+_Step = Annotated[
+    int | None, typer.Option("--step", metavar="N", help="Which checkpoint (default: the newest).", show_default=False)
+]
+_Match = Annotated[
+    list[str] | None,
+    typer.Option("--match", metavar="PATTERN", help="Only tensors named like this, as 'model.*.bias'; repeatable."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+checkpoint = typer.Typer(no_args_is_help=True, help="Look at checkpoints, check, compare, convert and clear them.")
+
+
+@checkpoint.command("ls")
+def ls(source: _Source, as_json: _Json = False) -> None:
+    """List the checkpoints: step, time, size, who wrote them, and whether they are complete."""
+    from .checkpoints import list_checkpoints
+
+    list_checkpoints(source, as_json=as_json)
+
+
+@checkpoint.command("show")
+def show(source: _Source, step: _Step = None, match: _Match = None, as_json: _Json = False) -> None:
+    """Print what a checkpoint holds: the job, the position in it, and every tensor."""
+    from .checkpoints import show_checkpoint
+
+    show_checkpoint(source, step, match or [], as_json=as_json)
+
+
+@checkpoint.command("verify")
+def verify(
+    source: _Source,
+    step: _Step = None,
+    every: Annotated[bool, typer.Option("--all", help="Every complete checkpoint, not only one.")] = False,
+) -> None:
+    """Read every byte of a checkpoint and compare its hashes; exits with 1 if anything is wrong."""
+    from .checkpoints import verify_checkpoints
+
+    raise typer.Exit(verify_checkpoints(source, step, every=every))

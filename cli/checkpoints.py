@@ -1,0 +1,132 @@
+"""What the commands of ``dltrain checkpoint`` print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ..checkpoint.describe import Listed, best_metrics, listing, matching, tensor_bytes, written_by
+from ..checkpoint.locate import choose, locate, open_chosen, reading, steps_of
+from ..checkpoint.manifest import Manifest, TensorEntry, folder_name
+from ..checkpoint.verify import verify
+from ..core.errors import JobError, Problem
+from .render import columns, data_size
+
+
+def list_checkpoints(source: str, *, as_json: bool) -> None:
+    """Print the checkpoints at ``source``, newest first.
+
+    Raises:
+        JobError: there is none, or they cannot be read.
+    """
+    place = locate(source)
+    found = listing(place)
+    if not found:
+        choose(place)  # which says what there is instead
+    if as_json:
+        _print_json([_listed_json(item) for item in found])
+        return
+    rows = [("step", "completed (UTC)", "size", "written by", "best so far", "")]
+    for item in found:
+        when = f"{item.created:%Y-%m-%d %H:%M:%S}" if item.created else "-"
+        best = ", ".join(f"{name} {value:.4g}" for name, value in (item.best or {}).items())
+        state = f"{item.state}: {item.why}" if item.why else item.state
+        rows.append((str(item.step), when, data_size(item.bytes), item.written_by or "-", best or "-", state))
+    sys.stdout.write(columns(rows, right=(0, 2)))
+
+
+def show_checkpoint(source: str, step: int | None, match: Sequence[str], *, as_json: bool) -> None:
+    """Print a checkpoint's job, position and tensors.
+
+    Raises:
+        JobError: there is no such checkpoint, it cannot be read, or no tensor is named like a pattern of ``match``.
+    """
+    place = locate(source)
+    manifest = open_chosen(place, step)
+    tensors = matching(manifest, match, place.source)
+    if as_json:
+        _print_json(_manifest_json(manifest, tensors))
+        return
+    facts = [
+        ("checkpoint", f"{place.storage}/{folder_name(manifest.step)}"),
+        ("completed", f"{manifest.created:%Y-%m-%d %H:%M:%S} UTC, by dltrain {manifest.dltrain}"),
+        ("written by", written_by(manifest)),
+        ("position", _position(manifest)),
+        ("job", _job_line(manifest)),
+        *((f"best {name}", f"{value:.6g}") for name, value in best_metrics(manifest).items()),
+        *((f"tracking {name}", str(value)) for name, value in manifest.tracking.items()),
+    ]
+    sys.stdout.write(columns(facts) + "\n")
+    rows = [("tensor", "shape", "dtype", "pieces", "size")]
+    for name, entry in tensors.items():
+        shape = "[" + ", ".join(map(str, entry.shape)) + "]"
+        rows.append((name, shape, entry.dtype, str(len(entry.pieces)), data_size(tensor_bytes([entry]))))
+    sys.stdout.write(columns(rows, right=(3, 4)) + "\n")
+    files = {piece.file for entry in manifest.tensors.values() for piece in entry.pieces}
+    shown = f"{len(tensors):,} of {len(manifest.tensors):,} tensors" if match else f"{len(tensors):,} tensors"
+    size = data_size(tensor_bytes(tensors.values()))
+    sys.stdout.write(f"{shown}, {size}; the checkpoint has {len(files)} shard file{'s'[: len(files) != 1]}\n")
+
+
+def verify_checkpoints(source: str, step: int | None, *, every: bool) -> int:
+    """Print what is wrong with a checkpoint, or with all of them; the exit code, 1 if anything is.
+
+    Raises:
+        JobError: there is no such checkpoint, or it cannot be read, or is of a newer format.
+    """
+    place = locate(source)
+    if every and (step is not None or place.named is not None):
+        raise JobError(Problem("'--all' is every checkpoint, a step is one", "--all", "give one of the two"))
+    chosen = choose(place, step)
+    faulty = 0
+    for each in steps_of(place) if every else [chosen]:
+        faults = 0
+        with reading(place.source):
+            for damage in verify(place.storage, each):
+                faults += 1
+                sys.stdout.write(f"{damage}\n")
+        faulty += bool(faults)
+        things = f"{faults} thing{'s'[: faults != 1]} wrong" if faults else "whole: every byte is the one written"
+        sys.stdout.write(f"{folder_name(each)}: {things}\n")
+    return 1 if faulty else 0
+
+
+def _position(manifest: Manifest) -> str:
+    cursor = manifest.cursor
+    return f"step {cursor.step:,} of {manifest.total_steps:,}, {cursor.samples:,} samples"
+
+
+def _job_line(manifest: Manifest) -> str:
+    """The job's name and its model, in a line; whatever wrote the manifest."""
+    job = manifest.job
+    model = json.dumps(job.get("model") or {}, ensure_ascii=False)
+    return f"{job.get('name', '-')}, recipe {job.get('recipe', '-')} {model}, seed {job.get('seed', '-')}"
+
+
+def _listed_json(item: Listed) -> dict[str, Any]:
+    return {
+        "step": item.step,
+        "state": item.state,
+        "bytes": item.bytes,
+        "created": item.created.isoformat() if item.created else None,
+        "written_by": item.written_by or None,
+        "best": dict(item.best or {}),
+        "why": item.why or None,
+    }
+
+
+def _manifest_json(manifest: Manifest, tensors: dict[str, TensorEntry]) -> dict[str, Any]:
+    whole = manifest.model_dump(mode="json", exclude={"tensors"})
+    return whole | {
+        "bytes": tensor_bytes(tensors.values()),
+        "tensors": {
+            name: {"shape": list(e.shape), "dtype": e.dtype, "pieces": len(e.pieces), "bytes": tensor_bytes([e])}
+            for name, e in tensors.items()
+        },
+    }
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
