@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -97,20 +97,17 @@ def best_metrics(manifest: Manifest) -> dict[str, float]:
     return best
 
 
-def matching(manifest: Manifest, patterns: Iterable[str], source: str) -> dict[str, TensorEntry]:
-    """The tensors whose names fit one of the shell-like ``patterns``; all where there are none.
+def named_like(names: Iterable[str], patterns: Collection[str], source: str) -> list[str]:
+    """The ``names`` that fit one of the shell-like ``patterns``; all where there are none.
 
     Raises:
         JobError: a pattern fits no name.
     """
-    wanted = list(patterns)
-    if not wanted:
-        return dict(manifest.tensors)
-    for pattern in wanted:
-        if not any(fnmatchcase(name, pattern) for name in manifest.tensors):
-            hint = did_you_mean(pattern, manifest.tensors)
-            raise JobError(Problem(f"no tensor of step {manifest.step} is named like '{pattern}'", source, hint))
-    return {n: e for n, e in manifest.tensors.items() if any(fnmatchcase(n, pattern) for pattern in wanted)}
+    known = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise JobError(Problem(f"no tensor is named like '{pattern}'", source, did_you_mean(pattern, known)))
+    return [name for name in known if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _mapping(value: object) -> dict[str, Any]:

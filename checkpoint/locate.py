@@ -1,4 +1,4 @@
-"""From what a user names to one checkpoint: a run directory, a folder or URL of checkpoints, or one of them. No torch."""
+"""From what a user names to a checkpoint: a run directory, a folder or URL of checkpoints, or one. No torch."""
 
 from __future__ import annotations
 

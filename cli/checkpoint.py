@@ -46,3 +46,17 @@ def verify(
     from .checkpoints import verify_checkpoints
 
     raise typer.Exit(verify_checkpoints(source, step, every=every))
+
+
+@checkpoint.command("diff")
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help=_SOURCE_HELP)],
+    other: Annotated[str, typer.Argument(metavar="B", help="What to compare it with.")],
+    step: _Step = None,
+    match: _Match = None,
+    as_json: _Json = False,
+) -> None:
+    """Tell which tensors of two checkpoints differ, and by how much; exits with 1 if any do."""
+    from .checkpoints import diff_checkpoints
+
+    raise typer.Exit(diff_checkpoints(one, other, step, match or [], as_json=as_json))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-from ..checkpoint.describe import Listed, best_metrics, listing, matching, tensor_bytes, written_by
+from ..checkpoint.compare import Side, compare
+from ..checkpoint.describe import Listed, best_metrics, listing, named_like, tensor_bytes, written_by
 from ..checkpoint.locate import choose, locate, open_chosen, reading, steps_of
 from ..checkpoint.manifest import Manifest, TensorEntry, folder_name
 from ..checkpoint.verify import verify
@@ -45,7 +48,7 @@ def show_checkpoint(source: str, step: int | None, match: Sequence[str], *, as_j
     """
     place = locate(source)
     manifest = open_chosen(place, step)
-    tensors = matching(manifest, match, place.source)
+    tensors = {name: manifest.tensors[name] for name in named_like(manifest.tensors, match, place.source)}
     if as_json:
         _print_json(_manifest_json(manifest, tensors))
         return
@@ -93,6 +96,41 @@ def verify_checkpoints(source: str, step: int | None, *, every: bool) -> int:
     return 1 if faulty else 0
 
 
+def diff_checkpoints(one: str, other: str, step: int | None, match: Sequence[str], *, as_json: bool) -> int:
+    """Print how two checkpoints differ; the exit code, 1 if they do.
+
+    Raises:
+        JobError: one of the two is not there, or cannot be read, or neither has a tensor named like a pattern.
+    """
+    sides = [_side(source, step) for source in (one, other)]
+    if match:
+        names = sorted({name for side in sides for name in side.names})
+        wanted = set(named_like(names, match, f"{one} and {other}"))
+        sides = [replace(side, names=[name for name in side.names if name in wanted]) for side in sides]
+    with reading(f"{one} and {other}"):
+        found = list(compare(*sides))
+    if as_json:
+        _print_json([asdict(item) for item in found])
+        return 1 if found else 0
+    count = len({name for side in sides for name in side.names})
+    if found:
+        rows: list[Sequence[str]] = [("tensor", "max abs", "max rel", "differing", "of", "")]
+        for item in found:
+            measured = item.kind in ("values", "dtype")
+            figures = (f"{item.max_abs:.3g}", f"{item.max_rel:.3g}", f"{item.differing:,}") if measured else ("-",) * 3
+            nans = f"{item.nans:,} NaN on one side" if item.nans else ""
+            rows.append((item.name, *figures, f"{item.elements:,}", "; ".join(filter(None, (item.what, nans)))))
+        sys.stdout.write(columns(rows, right=(1, 2, 3, 4)) + "\n")
+    sys.stdout.write(f"{len(found):,} of {count:,} tensors differ\n" if found else f"all {count:,} tensors are alike\n")
+    return 1 if found else 0
+
+
+def _side(source: str, step: int | None) -> Side:
+    place = locate(source)
+    manifest = open_chosen(place, step)
+    return Side(place.storage, manifest, tuple(manifest.tensors))
+
+
 def _position(manifest: Manifest) -> str:
     cursor = manifest.cursor
     return f"step {cursor.step:,} of {manifest.total_steps:,}, {cursor.samples:,} samples"
@@ -129,4 +167,15 @@ def _manifest_json(manifest: Manifest, tensors: dict[str, TensorEntry]) -> dict[
 
 
 def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with the numbers that JSON does not have as the texts "NaN", "Infinity" and "-Infinity"."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
