@@ -13,7 +13,7 @@ from ..core.tensorfile import ITEMSIZE
 from .manifest import Manifest, PieceEntry, TensorEntry
 from .reader import read_arrays
 
-_BLOCK = 32 << 20  # bytes
+_BLOCK = 16 << 20  # bytes
 
 
 def ranges(entry: TensorEntry, limit: int = _BLOCK) -> Iterator[tuple[int, int]]:

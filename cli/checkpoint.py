@@ -60,3 +60,26 @@ def diff(
     from .checkpoints import diff_checkpoints
 
     raise typer.Exit(diff_checkpoints(one, other, step, match or [], as_json=as_json))
+
+
+@checkpoint.command("convert")
+def convert(
+    source: _Source,
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A folder, or a file ending in .safetensors; or a URL.")
+    ],
+    step: _Step = None,
+    part: Annotated[
+        str | None, typer.Option("--part", metavar="NAME", help="Only this part of the recipe, as a GAN's generator.")
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged weights instead of the trained ones.")] = False,
+    shard_size: Annotated[
+        str | None,
+        typer.Option("--max-shard-size", metavar="SIZE", help="Bytes of one file of a folder (default 5GB)."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Write a checkpoint's weights as plain safetensors, with a config.json beside them."""
+    from .checkpoints import convert_checkpoint
+
+    convert_checkpoint(source, target, step, part=part, ema=ema, shard_size=shard_size, force=force)

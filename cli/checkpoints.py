@@ -11,11 +11,13 @@ from typing import Any
 
 from ..checkpoint.compare import Side, compare
 from ..checkpoint.describe import Listed, best_metrics, listing, named_like, tensor_bytes, written_by
+from ..checkpoint.export import convert
 from ..checkpoint.locate import choose, locate, open_chosen, reading, steps_of
 from ..checkpoint.manifest import Manifest, TensorEntry, folder_name
 from ..checkpoint.verify import verify
+from ..checkpoint.weights import select
 from ..core.errors import JobError, Problem
-from .render import columns, data_size
+from .render import columns, data_size, parse_size
 
 
 def list_checkpoints(source: str, *, as_json: bool) -> None:
@@ -123,6 +125,30 @@ def diff_checkpoints(one: str, other: str, step: int | None, match: Sequence[str
         sys.stdout.write(columns(rows, right=(1, 2, 3, 4)) + "\n")
     sys.stdout.write(f"{len(found):,} of {count:,} tensors differ\n" if found else f"all {count:,} tensors are alike\n")
     return 1 if found else 0
+
+
+def convert_checkpoint(
+    source: str, target: str, step: int | None, *, part: str | None, ema: bool, shard_size: str | None, force: bool
+) -> None:
+    """Write a checkpoint's weights to ``target`` and name the files.
+
+    Raises:
+        JobError: there is no such checkpoint or part, or ``target`` cannot be written or is taken.
+    """
+    size = None if shard_size is None else parse_size(shard_size, "--max-shard-size")
+    place = locate(source)
+    manifest = open_chosen(place, step)
+    weights = select(manifest, part=part, averaged=ema)
+    with reading(source):
+        written = convert(place.storage, manifest, weights, target, shard_size=size, force=force)
+    tensors = weights.once()
+    total = data_size(tensor_bytes(manifest.tensors[fqn] for fqn in tensors.values()))
+    kind = "averaged weights" if ema else "weights"
+    sys.stdout.write(f"{len(tensors):,} tensors, {total}: the {kind} after step {manifest.step:,}\n")
+    for alias, name in weights.tied.items():
+        sys.stdout.write(f"{alias} is tied to {name}, and stored as that one\n")
+    for file in written:
+        sys.stdout.write(f"wrote {file}\n")
 
 
 def _side(source: str, step: int | None) -> Side:

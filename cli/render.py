@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Collection, Sequence
 from typing import TextIO
@@ -71,3 +72,20 @@ def data_size(count: float) -> str:
         if count < 999.95:
             return f"{count:.1f} {unit}"
     return f"{count / 1000:,.1f} TB"
+
+
+def parse_size(text: str, where: str) -> int:
+    """Bytes of ``"5GB"``, ``"512 MiB"`` or ``"4096"``.
+
+    Raises:
+        JobError: that is no size; ``where`` says whose.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([kKMGT]?)(i?)B?", text.strip())
+    count = (
+        0
+        if match is None
+        else int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    )
+    if count < 1:
+        raise JobError(Problem(f"'{text}' is no size", where, "write a number of bytes, or like 500MB, 5GB, 2GiB"))
+    return count

@@ -24,6 +24,7 @@ from dltrain.checkpoint.writer import (
     write_shard,
 )
 from dltrain.core.contracts import Shard
+from dltrain.core.errors import JobError
 from dltrain.core.storage import Storage
 from dltrain.core.tensorfile import ITEMSIZE
 from hypothesis import given, settings
@@ -224,7 +225,7 @@ def test_export_of_a_corrupt_checkpoint_leaves_the_file_that_was_there(local: St
         export_weights(local, manifest, path)
     assert path.read_bytes() == b"the last one"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.safetensors", "run"]
-    with pytest.raises(ValueError, match=r"no tensor under 'model\.'"):
+    with pytest.raises(JobError, match=r"no tensor under 'model\.'"):
         export_weights(local, save(local, 2, whole({"optimizer.x": torch.ones(1)}, 1)), path)
 
 
