@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint.loaded import Checkpoint, load_checkpoint
     from .core.contracts import Batch, Layout, Recipe
     from .core.errors import Interrupted, JobError, RunFailed
     from .core.job import Job
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Batch": ".core.contracts",
+    "Checkpoint": ".checkpoint.loaded",
     "Context": ".training.context",
     "Interrupted": ".core.errors",
     "Job": ".core.job",
@@ -32,10 +34,12 @@ _HOMES = {
     "RunResult": ".launcher.carry",
     "context": ".training.context",
     "launch": ".launcher.api",
+    "load_checkpoint": ".checkpoint.loaded",
 }
 
 __all__ = [
     "Batch",
+    "Checkpoint",
     "Context",
     "Interrupted",
     "Job",
@@ -47,6 +51,7 @@ __all__ = [
     "RunResult",
     "context",
     "launch",
+    "load_checkpoint",
 ]
 
 
