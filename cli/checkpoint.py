@@ -83,3 +83,23 @@ def convert(
     from .checkpoints import convert_checkpoint
 
     convert_checkpoint(source, target, step, part=part, ema=ema, shard_size=shard_size, force=force)
+
+
+@checkpoint.command("gc")
+def gc(
+    source: _Source,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            "--keep", metavar="N", min=1, help="Also remove complete ones but the newest N.", show_default=False
+        ),
+    ] = None,
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="TIME", help="Leave incomplete ones that changed since, as 30min.")
+    ] = "1h",
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only named.")] = False,
+) -> None:
+    """Name, or remove, what is no complete checkpoint, and old ones."""
+    from .checkpoints import clear_checkpoints
+
+    clear_checkpoints(source, keep=keep, older_than=older_than, yes=yes)

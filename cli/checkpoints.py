@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+from ..checkpoint.clear import carry_out, plan
 from ..checkpoint.compare import Side, compare
 from ..checkpoint.describe import Listed, best_metrics, listing, named_like, tensor_bytes, written_by
 from ..checkpoint.export import convert
@@ -16,7 +20,10 @@ from ..checkpoint.locate import choose, locate, open_chosen, reading, steps_of
 from ..checkpoint.manifest import Manifest, TensorEntry, folder_name
 from ..checkpoint.verify import verify
 from ..checkpoint.weights import select
+from ..core.document import parse_value
 from ..core.errors import JobError, Problem
+from ..core.job import parse_duration
+from ..launcher.rundir import RunDir
 from .render import columns, data_size, parse_size
 
 
@@ -149,6 +156,52 @@ def convert_checkpoint(
         sys.stdout.write(f"{alias} is tied to {name}, and stored as that one\n")
     for file in written:
         sys.stdout.write(f"wrote {file}\n")
+
+
+def clear_checkpoints(source: str, *, keep: int | None, older_than: str, yes: bool) -> None:
+    """Print what could be removed, or remove it.
+
+    Raises:
+        JobError: ``older_than`` is no time, the folder cannot be read, or its run is in use.
+    """
+    try:
+        seconds = parse_duration(parse_value(older_than))
+    except ValueError as error:
+        raise JobError(Problem(str(error), "--older-than")) from None
+    place = locate(source)
+    with held(place.run) if yes else contextlib.nullcontext():
+        found = plan(place, keep=keep, older_than=seconds, now=time.time())
+        for note in found.notes:
+            sys.stdout.write(f"{note}\n")
+        if found.removals:
+            rows = [(folder_name(item.step), data_size(item.bytes), item.why) for item in found.removals]
+            sys.stdout.write(columns(rows, right=(1,)))
+        total = data_size(sum(item.bytes for item in found.removals))
+        if yes:
+            with reading(source):
+                carry_out(place.storage, found)
+    count = f"{len(found.removals)} checkpoint folder{'s'[: len(found.removals) != 1]}"
+    if yes or not found.removals:
+        sys.stdout.write(f"removed {count}, {total}\n" if found.removals else "there is nothing to remove\n")
+    else:
+        sys.stdout.write(f"would remove {count}, {total}; '--yes' does it\n")
+
+
+@contextlib.contextmanager
+def held(run: Path | None) -> Generator[None]:
+    """Keep launches off a run directory meanwhile.
+
+    Raises:
+        JobError: a launch is using it.
+    """
+    lock = None if run is None else RunDir.reopen(run)
+    if run is not None and lock is None:
+        raise JobError(Problem("the run is in use by a launch, or its run.json is damaged", str(run)))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def _side(source: str, step: int | None) -> Side:

@@ -45,6 +45,9 @@ class Folder(ABC):
     def folders(self) -> list[str]: ...
 
     @abstractmethod
+    def changed(self, folder: str) -> float | None: ...
+
+    @abstractmethod
     def remove(self, name: str) -> None: ...
 
     @abstractmethod
@@ -111,6 +114,14 @@ class LocalFolder(Folder):
                 return [entry.name for entry in entries if entry.is_dir()]
         except FileNotFoundError:
             return []
+
+    def changed(self, folder: str) -> float | None:
+        times: list[float] = []
+        for base, _, files in os.walk(self._root / folder):
+            for path in (Path(base), *(Path(base, file) for file in files)):
+                with contextlib.suppress(FileNotFoundError):
+                    times.append(path.stat().st_mtime)
+        return max(times, default=None)
 
     def remove(self, name: str) -> None:
         path = self._root / name

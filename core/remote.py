@@ -145,6 +145,18 @@ class RemoteFolder(Folder):
             return []
         return [str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory"]
 
+    def changed(self, folder: str) -> float | None:
+        times = [self._modified(name) for name in self.names(folder)]
+        return None if None in times else max((time for time in times if time is not None), default=None)
+
+    def _modified(self, name: str) -> float | None:
+        try:
+            return self._call("look up", name, lambda: self._fs.modified(self._path(name)).timestamp())
+        except OSError as error:
+            if isinstance(error.__cause__, NotImplementedError):
+                return None
+            raise
+
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._call("remove", name, lambda: self._fs.rm_file(self._path(name)))

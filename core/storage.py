@@ -87,6 +87,13 @@ class Storage:
         """Names of the folders directly in this one, sorted."""
         return sorted(self._folder.folders())
 
+    def changed(self, folder: str) -> float | None:
+        """Unix time in seconds at which a file in ``folder`` was last written, also one that is not complete.
+
+        None where there is no file, or the filesystem does not tell.
+        """
+        return self._folder.changed(_checked(folder))
+
     def remove(self, name: str) -> None:
         """Remove a file; one that is not there is no error."""
         self._folder.remove(_checked(name))
