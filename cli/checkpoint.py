@@ -103,3 +103,28 @@ def gc(
     from .checkpoints import clear_checkpoints
 
     clear_checkpoints(source, keep=keep, older_than=older_than, yes=yes)
+
+
+@checkpoint.command("import")
+def adopt(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A .pt, .pth or .safetensors file, a folder of these, or a DeepSpeed ZeRO folder."
+        ),
+    ],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The folder or URL of checkpoints to write.")],
+    job: Annotated[str, typer.Option("--job", metavar="FILE", help="The job file of the model that is to have them.")],
+    rename: Annotated[
+        list[str] | None,
+        typer.Option("--rename", metavar="OLD=NEW", help="Replace the beginning of names, as 'module.='; repeatable."),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", metavar="NAME", help="Which entry of the file's dictionary is the state dict."),
+    ] = None,
+) -> None:
+    """Make a checkpoint of weights that something else saved, checked against the model of a job."""
+    from .importing import import_weights
+
+    import_weights(source, target, job, rename or [], key)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from ..core.contracts import Recipe
 from ..core.errors import JobError, Problem
 from ..core.job import Job
 from ..core.zero import check_zero
@@ -19,7 +14,7 @@ from ..data.sources import open_source
 from ..data.split import split_source
 from ..strategies.build import check_parts
 from . import recipes
-from .recipes import load_recipe
+from .recipes import build_parts, load_recipe
 
 
 def check_job(data: dict[str, Any]) -> list[Problem]:
@@ -38,7 +33,7 @@ def check_job(data: dict[str, Any]) -> list[Problem]:
 def _check_recipe(job: Job) -> None:
     try:
         recipe = load_recipe(job)
-        parts = _build(recipe)
+        parts = build_parts(recipe)
         check_parts(job, recipe, parts)
     except JobError:
         raise
@@ -46,13 +41,6 @@ def _check_recipe(job: Job) -> None:
         raise JobError(Problem(f"{job.recipe} cannot be built\n{_users_traceback(error)}", "recipe")) from error
     if not parts:
         raise JobError(Problem(f"{job.recipe} has no parts to train", "recipe"))
-
-
-def _build(recipe: Recipe) -> dict[str, nn.Module]:
-    """The recipe's parts, without memory for their weights where the recipe allows that."""
-    with contextlib.suppress(Exception), torch.device("meta"):
-        return recipe.parts()
-    return recipe.parts()  # one that reads a tensor's value while it builds cannot do so on the meta device
 
 
 def _users_traceback(error: Exception) -> str:

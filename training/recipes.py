@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from ..core.contracts import Recipe
 from ..core.errors import JobError, Problem, did_you_mean
@@ -36,6 +39,30 @@ def load_recipe(job: Job) -> Recipe:
     if missing:
         raise JobError(Problem(f"{job.recipe} has no method {', '.join(missing)}", "recipe", "see dltrain.Recipe"))
     return recipe
+
+
+def build_parts(recipe: Recipe) -> dict[str, nn.Module]:
+    """The recipe's parts, without memory for their weights where the recipe allows that."""
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return recipe.parts()
+    return recipe.parts()  # one that reads a tensor's value while it builds cannot do so on the meta device
+
+
+def outline(job: Job) -> dict[str, Tensor]:
+    """The weights and buffers that a checkpoint of the job has, as tensors that may have no memory.
+
+    By fully qualified name, ``model.<part>.<fqn>``; a weight that has two names is the same object under both.
+
+    Raises:
+        JobError: as :func:`load_recipe`, or the recipe's parts cannot be built.
+    """
+    recipe = load_recipe(job)
+    try:
+        parts = build_parts(recipe)
+    except Exception as error:  # a user's recipe may raise anything
+        raise JobError(Problem(f"{job.recipe} cannot be built: {error!r}", "recipe")) from error
+    states = {part: module.state_dict(keep_vars=True) for part, module in parts.items()}
+    return {f"model.{part}.{fqn}": tensor for part, state in states.items() for fqn, tensor in state.items()}
 
 
 def _problems(error: ValidationError, factory: Any, model: dict[str, Any]) -> Iterator[Problem]:
