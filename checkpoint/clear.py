@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from ..core.errors import JobError, Problem
 from ..core.storage import Storage
-from .describe import folder_bytes
 from .locate import Place, reading, steps_of
 from .manifest import MANIFEST, folder_name, folder_step
 from .verify import verify
@@ -56,16 +55,16 @@ def plan(place: Place, *, keep: int | None, older_than: float, now: float) -> Pl
     removals: list[Removal] = []
     with reading(place.source):
         for step in _surplus(storage, steps, keep, notes):
-            removals.append(Removal(step, f"older than the newest {keep}", folder_bytes(storage, step)))
+            removals.append(Removal(step, f"older than the newest {keep}", storage.usage(folder_name(step)).bytes))
         found = {step for name in storage.folders() if (step := folder_step(name)) is not None}
         for step in found - set(steps):
-            changed = storage.changed(folder_name(step))
+            size, changed = storage.usage(folder_name(step))
             if changed is None:
                 notes.append(f"{folder_name(step)} is not complete, but its age is not known: it stays")
             elif now - changed < older_than:
                 notes.append(f"{folder_name(step)} is not complete, but changed {now - changed:.0f} s ago: it stays")
             else:
-                removals.append(Removal(step, "not complete, or set aside", folder_bytes(storage, step)))
+                removals.append(Removal(step, "not complete, or set aside", size))
     return Plan(tuple(sorted(removals, key=lambda removal: -removal.step)), tuple(notes))
 
 

@@ -56,20 +56,15 @@ def listing(place: Place) -> list[Listed]:
 def _listed(storage: Storage, step: int, *, complete: bool) -> Listed:
     if not complete:
         why = "no manifest: not completed, or set aside"
-        return Listed(step, "incomplete", folder_bytes(storage, step), why=why)
+        return Listed(step, "incomplete", storage.usage(folder_name(step)).bytes, why=why)
     try:
         manifest = open_manifest(storage, step)
     except CorruptCheckpoint as error:
-        return Listed(step, "corrupt", folder_bytes(storage, step), why=error.why)
+        return Listed(step, "corrupt", storage.usage(folder_name(step)).bytes, why=error.why)
     except JobError as error:
-        return Listed(step, "newer", folder_bytes(storage, step), why=error.problems[0].what)
+        return Listed(step, "newer", storage.usage(folder_name(step)).bytes, why=error.problems[0].what)
     size = tensor_bytes(manifest.tensors.values())
     return Listed(step, "complete", size, manifest.created, written_by(manifest), best_metrics(manifest))
-
-
-def folder_bytes(storage: Storage, step: int) -> int:
-    """Bytes of all files in a checkpoint's folder."""
-    return sum(storage.size(name) for name in storage.names(folder_name(step)))
 
 
 def tensor_bytes(tensors: Iterable[TensorEntry]) -> int:

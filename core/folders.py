@@ -10,11 +10,22 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 Chunk = bytes | bytearray | memoryview
 
 PARTIAL = ".partial"
 """Ending of files that are still being written."""
+
+
+class Usage(NamedTuple):
+    """What a folder takes: the bytes of its files, and the Unix time at which one was last written.
+
+    The time is None where there is no file, or the filesystem does not tell.
+    """
+
+    bytes: int
+    changed: float | None
 
 
 class Folder(ABC):
@@ -45,7 +56,7 @@ class Folder(ABC):
     def folders(self) -> list[str]: ...
 
     @abstractmethod
-    def changed(self, folder: str) -> float | None: ...
+    def usage(self, folder: str) -> Usage: ...
 
     @abstractmethod
     def remove(self, name: str) -> None: ...
@@ -115,13 +126,15 @@ class LocalFolder(Folder):
         except FileNotFoundError:
             return []
 
-    def changed(self, folder: str) -> float | None:
-        times: list[float] = []
+    def usage(self, folder: str) -> Usage:
+        total, times = 0, list[float]()
         for base, _, files in os.walk(self._root / folder):
             for path in (Path(base), *(Path(base, file) for file in files)):
-                with contextlib.suppress(FileNotFoundError):
-                    times.append(path.stat().st_mtime)
-        return max(times, default=None)
+                with contextlib.suppress(FileNotFoundError):  # a writer has renamed or removed it
+                    found = path.stat()
+                    total += 0 if path == Path(base) else found.st_size
+                    times.append(found.st_mtime)
+        return Usage(total, max(times, default=None))
 
     def remove(self, name: str) -> None:
         path = self._root / name

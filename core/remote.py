@@ -17,7 +17,7 @@ from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from .errors import JobError, Problem, did_you_mean
-from .folders import PARTIAL, Chunk, Folder, ends_early, is_a_folder
+from .folders import PARTIAL, Chunk, Folder, Usage, ends_early, is_a_folder
 
 T = TypeVar("T")
 
@@ -145,9 +145,11 @@ class RemoteFolder(Folder):
             return []
         return [str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory"]
 
-    def changed(self, folder: str) -> float | None:
-        times = [self._modified(name) for name in self.names(folder)]
-        return None if None in times else max((time for time in times if time is not None), default=None)
+    def usage(self, folder: str) -> Usage:
+        names = self.names(folder)
+        times = [self._modified(name) for name in names]
+        changed = None if None in times else max((time for time in times if time is not None), default=None)
+        return Usage(sum(self.size(name) for name in names), changed)
 
     def _modified(self, name: str) -> float | None:
         try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import JobError, Problem
-from .folders import PARTIAL, Chunk, Folder, LocalFolder
+from .folders import PARTIAL, Chunk, Folder, LocalFolder, Usage
 
 
 class Storage:
@@ -87,12 +87,9 @@ class Storage:
         """Names of the folders directly in this one, sorted."""
         return sorted(self._folder.folders())
 
-    def changed(self, folder: str) -> float | None:
-        """Unix time in seconds at which a file in ``folder`` was last written, also one that is not complete.
-
-        None where there is no file, or the filesystem does not tell.
-        """
-        return self._folder.changed(_checked(folder))
+    def usage(self, folder: str) -> Usage:
+        """What ``folder`` takes, with files that are not complete."""
+        return self._folder.usage(_checked(folder))
 
     def remove(self, name: str) -> None:
         """Remove a file; one that is not there is no error."""

@@ -62,7 +62,7 @@ def test_what_a_killed_writer_left_is_as_old_as_its_partial_file(local: Storage)
     (half / ".shard-00000-of-00001.safetensors.abc.partial").write_bytes(bytes(1000))
     assert "nothing to remove" in gc(local, "--yes").out
     age(half, 3700)
-    assert "removed 1 checkpoint folder" in gc(local, "--yes").out
+    assert "removed 1 checkpoint folder, 1.0 kB" in gc(local, "--yes").out
     assert steps(local) == [1]
 
 
