@@ -36,7 +36,6 @@ from processes import marked, new_mark, send
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 PEER = "hand-written DDP, torchrun"
-WARM = 1500  # steps, over which W&B has started too
 SETTLE = 0.5  # seconds of a slot that do not count
 DEADLINE = 300.0
 
@@ -123,7 +122,7 @@ class SlowServer:
             connection.close()
 
 
-def start_all(stack: ExitStack, batch: int, widths: list[int]) -> list[Contender]:
+def start_all(stack: ExitStack, batch: int, widths: list[int], warm: int) -> list[Contender]:
     """Start the contenders in folders of their own and wait until all are warm."""
     from wandb_server import StandIn
 
@@ -152,17 +151,17 @@ def start_all(stack: ExitStack, batch: int, widths: list[int]) -> list[Contender
     for thread in Path("/proc/self/task").iterdir():  # the servers stand for other machines
         os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
     deadline = time.monotonic() + DEADLINE
-    while waiting := [each.label for each in contenders if len(each.times()) < WARM]:
+    while waiting := [each.label for each in contenders if len(each.times()) < warm]:
         if time.monotonic() > deadline:
             raise TimeoutError(f"not warm within {DEADLINE:g} s: {', '.join(waiting)}")
         time.sleep(0.5)
     return contenders
 
 
-def measure(rounds: int, slot: float, batch: int, widths: list[int]) -> dict[str, list[tuple[float, float]]]:
+def measure(rounds: int, slot: float, batch: int, widths: list[int], warm: int) -> dict[str, list[tuple[float, float]]]:
     """Start everything anew; of each slot the mean step time, and its ratio to the hand-written loop's around it."""
     with ExitStack() as stack:
-        contenders = start_all(stack, batch, widths)
+        contenders = start_all(stack, batch, widths, warm)
         for each in contenders:
             send(each.mark, signal.SIGSTOP)
         slots: dict[str, list[tuple[float, float]]] = {each.label: [] for each in contenders}
@@ -190,13 +189,14 @@ def main() -> None:
     parser.add_argument("--slot", type=float, default=4.0, help="seconds")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--warm", type=int, default=1500, help="steps, over which W&B has started too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopped contenders end too
     sys.path.insert(0, str(HERE.parent / "tests"))
     results: dict[str, list[tuple[float, float]]] = {}
     for repeat in range(args.repeats):
-        for label, values in measure(args.rounds, args.slot, args.batch, args.widths).items():
+        for label, values in measure(args.rounds, args.slot, args.batch, args.widths, args.warm).items():
             results.setdefault(label, []).extend(values)
             seconds, ratio = (statistics.median(column) for column in zip(*values, strict=True))
             print(f"repeat {repeat + 1}: {label}: {seconds * 1e3:.3f} ms, ratio {ratio:.3f}", flush=True)

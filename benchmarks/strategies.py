@@ -1,11 +1,19 @@
-"""Memory per rank under each strategy, on a model of 21 million parameters with AdamW.
+"""What each strategy costs: the time of a step against the same model written by hand, and memory per rank.
 
-    python benchmarks/strategies.py [--ranks 2 4] [--strategies ddp zero1 zero2 zero3]
+    python benchmarks/strategies.py [time memory] [--strategies ddp fsdp tensor zero1 zero2 zero3]
 
-Each cell is a launch of its own under torchrun: fresh processes on the CPU. A rank trains three steps, has the kernel
-forget its peak (/proc/self/clear_refs), and trains three more. Printed is the largest rank's resident memory above what
-it had before the model was built, between steps and at the peak within them; in copies of the model's float32 weights
-beside it. ZeRO's stage 3 is told to let gathered weights go at once, which by default it does with large models only.
+Every cell is a launch of its own under torchrun: fresh processes on the CPU, of one thread each. Prints Markdown.
+
+time: two ranks train the same Transformer (``strategy_steps.py``) with an engine of dltrain's, and by a loop on torch
+or DeepSpeed alone (``strategy_twins.py``). Both are in the same two processes and take turns, a few steps each, so that
+what else the machine does hits both alike; that they train alike is checked at the end. A start has new processes,
+since a process keeps what luck it has with its memory's layout, and the two are built in turn in the other order. Shown
+are medians, and the quartiles of the ratios of neighbours in time. In the last line the hand-written ddp is measured
+against itself: how far its ratio is from 1 is how far the others can be trusted. The target is a median of at most
+1.02.
+
+memory: of a rank that trains 21 million parameters with AdamW (``strategy_memory.py``), above what it had before the
+model was built, between steps and at the peak within them; in copies of the model's float32 weights beside it.
 """
 
 from __future__ import annotations
@@ -13,117 +21,92 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
+from operator import truediv
 from pathlib import Path
+from typing import Any
 
-WIDTH, LAYERS, SAMPLES = 1024, 20, 8
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
-NATIVE = {
-    "zero_optimization": {
-        "stage3_max_live_parameters": 3_000_000,
-        "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": 1_100_000,
-        "stage3_param_persistence_threshold": 10_000,
-    }
+HERE = Path(__file__).absolute().parent
+#: A strategy, and the ranks of a tensor group.
+STRATEGIES = {
+    "ddp": ("ddp", 1),
+    "fsdp": ("fsdp", 1),
+    "tensor": ("ddp", 2),
+    "zero1": ("zero1", 1),
+    "zero2": ("zero2", 1),
+    "zero3": ("zero3", 1),
 }
+DEADLINE = 900.0
 
 
-def resident(field: str = "VmRSS") -> int:
-    """This process's resident memory now, or at its peak (``VmHWM``), in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise KeyError(field)
-
-
-def train(strategy: str) -> None:
-    """Train as one rank; rank 0 prints the largest rank's figures as JSON."""
-    import torch
-    import torch.distributed as dist
-    from dltrain.core.contracts import Batch, Recipe
-    from dltrain.core.job import Job
-    from dltrain.strategies.build import build_engine
-    from torch import Tensor, nn
-
-    class Deep(Recipe):
-        def parts(self) -> dict[str, nn.Module]:
-            layers = (nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(LAYERS))
-            return {"deep": nn.Sequential(*layers)}
-
-        def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:
-            return parts[part](batch["x"]).square().mean()
-
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    parallel = {"strategy": strategy, "deepspeed": None if strategy == "ddp" else "native.json"}
-    job = Job.model_validate({"parallel": parallel, "train": {"global_batch": SAMPLES * world}})
-    if strategy != "ddp":
-        import deepspeed  # noqa: F401  # its code is not what is measured
-        import torch._dynamo
-        from deepspeed.runtime.zero.muon import original_muon  # noqa: F401
-    dist.barrier()
-    before = resident()
-    torch.manual_seed(0)
-    engine = build_engine(
-        job, Deep(), rank=rank, world=world, device=torch.device("cpu"), reseed=lambda *_: None, mark=lambda _: None
-    )
-    for step in range(6):
-        if step == 3:
-            Path("/proc/self/clear_refs").write_text("5")
-        engine.step([Batch({"x": torch.randn(SAMPLES, WIDTH)}, step, rank, 1 / world)], 1.0)
-        dist.barrier()
-    mine = torch.tensor([resident() - before, resident("VmHWM") - before])
-    dist.all_reduce(mine, dist.ReduceOp.MAX)
-    if rank == 0:
-        print(json.dumps(mine.tolist()), flush=True)
-    dist.barrier()
-    os._exit(0)
-
-
-def measure(strategy: str, ranks: int) -> tuple[int, int]:
-    """Bytes between steps, and at the peak within them."""
+def torchrun(program: str, ranks: int, *arguments: object, **environ: str) -> Any:
+    """Run one of this folder's programs on ``ranks`` ranks; what rank 0 printed as JSON."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environ}
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
-        (Path(folder) / "native.json").write_text(json.dumps(NATIVE))
-        program = [str(Path(__file__).absolute()), "--rank-of", strategy]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        # Without this threshold, freed tensors would stay with the process, some here and some there.
-        settings = {
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "MALLOC_MMAP_THRESHOLD_": "65536",
-            "MALLOC_TRIM_THRESHOLD_": "65536",
-        }
         done = subprocess.run(
-            [*command, *program], cwd=folder, env=os.environ | settings, capture_output=True, text=True, check=False
+            [*command, str(HERE / program), *map(str, arguments)],
+            cwd=folder,
+            env=environ,
+            timeout=DEADLINE,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     assert done.returncode == 0, done.stderr
-    between, peak = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
-    return between, peak
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
+
+
+def times(names: Sequence[str], *, starts: int, quads: int, block: int) -> None:
+    print("| 2 ranks | by hand | dltrain | ratio | quartiles | ratio of processor time |\n|---|---|---|---|---|---|")
+    rows = [(name, *STRATEGIES[name], False) for name in names]
+    for name, strategy, tensor, control in [*rows, ("ddp by hand, twice", "ddp", 1, True)]:
+        found: list[list[float]] = []
+        for start in range(starts):
+            found += torchrun("strategy_steps.py", 2, strategy, tensor, quads, block, start % 2, int(control))
+        mine, theirs, mine_busy, theirs_busy = zip(*found, strict=True)
+        cells = [f"{1e3 * statistics.median(seconds):.1f} ms" for seconds in (theirs, mine)]
+        low, ratio, high = statistics.quantiles(map(truediv, mine, theirs), n=4)
+        busy = statistics.median(map(truediv, mine_busy, theirs_busy))
+        cells += [f"{ratio:.3f}", f"{low:.3f}–{high:.3f}", f"{busy:.3f}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def memory(names: Sequence[str], ranks: Sequence[int]) -> None:
+    # Without this threshold, freed tensors would stay with the process, some here and some there.
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    print("| ranks | strategy | between steps | peak in a step | of ddp's |\n|---|---|---|---|---|")
+    for world in ranks:
+        base: int | None = None
+        for name in names:
+            weights, between, peak = torchrun("strategy_memory.py", world, *STRATEGIES[name], **settings)
+            base = peak if name == "ddp" else base
+            share = f"{peak / base:.0%}" if base else "not measured"
+            cells = [f"{size / 2**20:.0f} MiB, {size / weights:.1f} ×" for size in (between, peak)]
+            print(f"| {world} | {name} | {cells[0]} | {cells[1]} | {share} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument(
+        "what", nargs="*", default=["time", "memory"], choices=["time", "memory"], metavar="time|memory"
+    )
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
-    parser.add_argument("--rank-of", choices=STRATEGIES, help=argparse.SUPPRESS)
+    parser.add_argument("--starts", type=int, default=4, help="time: how often the processes are started anew")
+    parser.add_argument("--quads", type=int, default=12, help="time: ratios taken in each start")
+    parser.add_argument(
+        "--block", type=int, default=5, help="time: steps that one trains before it is the other's turn"
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="memory: numbers of ranks")
     args = parser.parse_args()
-    if args.rank_of:
-        train(args.rank_of)
-    weights = 4 * LAYERS * (WIDTH * WIDTH + WIDTH)
-    print(f"weights: {weights / 2**20:.0f} MiB\n")
-    print("| ranks | strategy | between steps | peak in a step | of ddp's |\n|---|---|---|---|---|")
-    for ranks in args.ranks:
-        base: int | None = None
-        for strategy in args.strategies:
-            between, peak = measure(strategy, ranks)
-            base = peak if strategy == "ddp" else base
-            share = f"{peak / base:.0%}" if base else "not measured"
-            cells = [f"{size / 2**20:.0f} MiB, {size / weights:.1f} ×" for size in (between, peak)]
-            print(f"| {ranks} | {strategy} | {cells[0]} | {cells[1]} | {share} |", flush=True)
+    if "time" in args.what:
+        times(args.strategies, starts=args.starts, quads=args.quads, block=args.block)
+    if "memory" in args.what:
+        memory(args.strategies, args.ranks)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""The benchmarks run: each in its smallest form, whose figures mean nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(program: str, *arguments: str, timeout: float = 200) -> str:
+    """What a benchmark printed. One that is late, and all that it has started, is told to end."""
+    process = subprocess.Popen(
+        [sys.executable, str(FOLDER / program), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        printed = process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+        raise AssertionError(process.communicate(timeout=60)[0]) from None
+    assert process.returncode == 0, printed
+    return printed
+
+
+def rows(printed: str) -> list[list[str]]:
+    """The cells of a Markdown table's rows."""
+    return [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
+
+
+def test_the_order_is_measured() -> None:
+    assert "12 positions" in run("order.py", "--samples", "100000", "--positions", "10")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tensor", "zero3"])
+def test_a_strategys_steps_are_measured_beside_the_same_by_hand(strategy: str) -> None:
+    if strategy == "zero3":
+        pytest.importorskip("deepspeed")
+    printed = run("strategies.py", "time", "--strategies", strategy, "--starts", "1", "--quads", "2", "--block", "1")
+    measured, control = rows(printed)
+    assert (measured[0], control[0]) == (strategy, "ddp by hand, twice")
+    assert float(measured[3]) > 0
+
+
+@pytest.mark.slow
+def test_memory_is_measured() -> None:
+    found = rows(run("strategies.py", "memory", "--strategies", "ddp", "fsdp", "tensor", "--ranks", "2"))
+    assert [cells[1] for cells in found] == ["ddp", "fsdp", "tensor"]
+    assert all(float(cells[4].rstrip("%")) < 80 for cells in found[1:])
+
+
+@pytest.mark.slow
+def test_steps_of_whole_launches_are_measured() -> None:
+    printed = run("step.py", "--repeats", "1", "--rounds", "2", "--slot", "2", "--warm", "20", timeout=280)
+    assert "dltrain, W&B hanging" in printed.rpartition("quartiles")[2]
+
+
+@pytest.mark.slow
+def test_launches_are_measured() -> None:
+    pytest.importorskip("ray.train")
+    printed = run("launch.py", "--ranks", "2", "--repeats", "1", timeout=280)
+    assert "dltrain warm" in printed.rpartition("spread")[2]
