@@ -18,7 +18,7 @@ from ..core.contracts import Source
 from ..core.errors import JobError, Problem
 from ..core.job import DataSpec, Spec, Split
 from ..core.schema import explain
-from .stdlib_text import TextOptions, stdlib_text
+from .stdlib_text import StdlibOptions, stdlib_text
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -136,6 +136,6 @@ BUILT_IN: Mapping[str, BuiltIn] = {
         "442 patients: 10 features, 'y' the progression of the disease after a year (25 to 346)", NoOptions, _diabetes
     ),
     "stdlib_text": BuiltIn(
-        "the source text of Python's standard library as tokens: 'y' is 'x' one token on", TextOptions, stdlib_text
+        "the source text of Python's standard library as tokens: 'y' is 'x' one token on", StdlibOptions, stdlib_text
     ),
 }

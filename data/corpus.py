@@ -24,6 +24,8 @@ class Corpus:
         documents: int64 ``[documents + 1]``, where in ``tokens`` each begins, and the last ends.
         keys: uint64 ``[blocks]``, a hash of the tokens of each block, document by document.
         vocabulary_size: all tokens are below it.
+        sizes: int64 ``[vocabulary_size]``, the bytes of text that each token stands for; None where each is one byte,
+            or it is not known.
 
     Raises:
         ValueError: these do not fit each other.
@@ -33,6 +35,7 @@ class Corpus:
     documents: np.ndarray
     keys: np.ndarray
     vocabulary_size: int
+    sizes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or self.tokens.dtype.kind != "u":
@@ -41,6 +44,8 @@ class Corpus:
             raise ValueError("its documents do not cover its tokens")
         if (np.diff(self.documents) <= 0).any() or len(self.blocks()[0]) != len(self.keys):
             raise ValueError("its blocks do not fit its documents")
+        if self.sizes is not None and self.sizes.shape != (self.vocabulary_size,):
+            raise ValueError("its tokens' sizes do not fit its vocabulary")
 
     def blocks(self) -> tuple[np.ndarray, np.ndarray]:
         """Where in ``tokens`` each block begins and ends: int64 ``[blocks]`` each."""

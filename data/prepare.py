@@ -1,7 +1,8 @@
 """A corpus tokenized once: text files, JSONL and folders of them into one file that training maps into memory.
 
 The file is safetensors: ``tokens`` (the smallest unsigned type that fits), ``documents`` (int64, where each begins, and
-the end) and ``keys`` (uint64, a hash per block), with the vocabulary and the tokenizer in its metadata. No torch.
+the end), ``keys`` (uint64, a hash per block) and, of a byte-level vocabulary, ``sizes`` (int64, the bytes of each
+token), with the vocabulary and the tokenizer in its metadata. No torch.
 """
 
 from __future__ import annotations
@@ -188,14 +189,18 @@ def _content(collector: Collector, model: Tokenizer, spool: BinaryIO) -> Iterato
         "end_token": "" if model.end is None else str(model.end),
         "block": str(BLOCK),
     }
+    sizes = model.sizes
     items = [
         Item("documents", "I64", documents.shape),
         Item("keys", "U64", keys.shape),
+        *([Item("sizes", "I64", sizes.shape)] if sizes is not None else []),
         Item("tokens", _CODES[str(model.dtype)], (collector.tokens,)),
     ]
     yield header(items, metadata)
     yield documents.tobytes()
     yield keys.tobytes()
+    if sizes is not None:
+        yield sizes.tobytes()
     spool.seek(0)
     while block := spool.read(_BLOCK):
         yield block

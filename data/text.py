@@ -41,6 +41,7 @@ class Tokenizer:
         end: the id that follows every document; None where the vocabulary has none.
         name: "bytes", or the file it was read from.
         sha256: of its file; empty for bytes.
+        sizes: as :attr:`Corpus.sizes`; known of byte-level vocabularies.
     """
 
     encode: Callable[[list[str]], list[np.ndarray]]
@@ -48,6 +49,7 @@ class Tokenizer:
     end: int | None
     name: str = BYTES
     sha256: str = ""
+    sizes: np.ndarray | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -108,7 +110,24 @@ def json_tokenizer(content: bytes, name: str, end_token: str | None = None, *, w
         return [np.array(one.ids, dtype=np.int64) for one in model.encode_batch(texts, add_special_tokens=False)]
 
     end = next((vocabulary[token] for token in names if token in vocabulary), None)
-    return Tokenizer(encode, max(vocabulary.values()) + 1, end, name, hashlib.sha256(content).hexdigest())
+    size = max(vocabulary.values()) + 1
+    sizes = _sizes(json.loads(content), model.get_vocab(with_added_tokens=False), size)
+    return Tokenizer(encode, size, end, name, hashlib.sha256(content).hexdigest(), sizes)
+
+
+def _sizes(said: dict[str, Any], vocabulary: dict[str, int], size: int) -> np.ndarray | None:
+    """The bytes that each token stands for, if each of its characters is one; of a token such as the end of text, one.
+
+    ``said`` is what a tokenizer.json says, ``vocabulary`` is without added tokens.
+    """
+    if (said.get("decoder") or {}).get("type") != "ByteLevel" or said.get("normalizer"):
+        return None
+    added = {token["id"] for token in said.get("added_tokens", ())}
+    sizes = np.ones(size, dtype=np.int64)
+    for token, index in vocabulary.items():
+        if index not in added:
+            sizes[index] = len(token)
+    return sizes
 
 
 def train_bpe(pieces: Iterable[Piece], vocabulary_size: int, *, where: str) -> bytes:

@@ -61,7 +61,7 @@ def _tokenized(files: Files, format: Format, options: TextOptions, field: str, s
     for ids, ends in encode(read_pieces(files, files.of(format), field=field), tokenizer):
         collector.take(ids, ends=ends)
     tokens = np.frombuffer(content.getbuffer(), dtype=tokenizer.dtype)
-    corpus = Corpus(tokens, collector.documents, collector.keys, tokenizer.vocabulary_size)
+    corpus = Corpus(tokens, collector.documents, collector.keys, tokenizer.vocabulary_size, tokenizer.sizes)
     return TokenSource(corpus, length=options.length, split=spec.split)
 
 
@@ -81,7 +81,8 @@ def read_tokens(files: Files, spec: DataSpec) -> TokenSource:
                 metadata = file.metadata() or {}
                 if metadata.get("dltrain") != FORMAT:
                     raise ValueError("'dltrain data prepare' did not make it")
-                arrays = {key: file.get_tensor(key).numpy() for key in ("tokens", "documents", "keys")}
+                names = ["tokens", "documents", "keys", *({"sizes"} & set(file.keys()))]
+                arrays = {key: file.get_tensor(key).numpy() for key in names}
         except SafetensorError as error:
             raise ValueError(error) from error
         corpus = Corpus(**arrays, vocabulary_size=int(metadata["vocabulary_size"]))
@@ -90,6 +91,8 @@ def read_tokens(files: Files, spec: DataSpec) -> TokenSource:
 
 class TokenSource:
     """Windows of ``length`` + 1 tokens, one after the other: 'x' and 'y' int64 ``[n, length]``, y one token later.
+
+    Where the corpus knows its tokens' sizes there is 'bytes' too, int64 ``[n]``: the bytes of text that y stands for.
 
     The corpus is split before it is cut: each block of a document belongs to one part, by a hash of its tokens, and the
     windows of a part run through its blocks in their order. So every token of a part is predicted once (but the first,
@@ -107,7 +110,7 @@ class TokenSource:
 
     def __init__(self, corpus: Corpus, *, length: int, split: Split) -> None:
         self.vocabulary_size = corpus.vocabulary_size
-        self._tokens, self._length = corpus.tokens, length
+        self._tokens, self._sizes, self._length = corpus.tokens, corpus.sizes, length
         starts, stops = corpus.blocks()
         part = np.zeros(len(starts), dtype=np.int64) if split.train == 1.0 else part_of(corpus.keys, split)
         order = np.argsort(part, kind="stable")
@@ -144,4 +147,7 @@ class TokenSource:
         run = np.searchsorted(self._run_places, places, side="right") - 1
         tokens = self._tokens[self._run_starts[run] + places - self._run_places[run]]
         windows = torch.from_numpy(tokens.astype(np.int64))
-        return {"x": windows[:, :-1].contiguous(), "y": windows[:, 1:].contiguous()}
+        fields = {"x": windows[:, :-1].contiguous(), "y": windows[:, 1:].contiguous()}
+        if self._sizes is not None:
+            fields["bytes"] = torch.from_numpy(self._sizes[tokens[:, 1:]].sum(axis=1))
+        return fields

@@ -15,10 +15,11 @@ from dltrain.core.errors import JobError
 from dltrain.core.job import DataSpec, Job, Split
 from dltrain.data.builtin import BUILT_IN
 from dltrain.data.sources import open_source
-from dltrain.data.split import split
-from dltrain.data.stdlib_text import TokenWindows, corpus
+from dltrain.data.split import split_source
+from dltrain.data.stdlib_text import modules
 from sklearn import datasets
 
+WHOLE = Split(train=1.0, val=0.0, test=0.0)
 TEXT = Split(train=0.6, val=0.2, test=0.2)
 
 
@@ -59,72 +60,59 @@ def test_a_window_of_the_default_scan_is_a_digit() -> None:
     assert np.array_equal(ours["y"].numpy(), images[:, 7])
 
 
-def test_the_corpus_is_the_standard_librarys_source() -> None:
-    text = corpus()
+def test_the_text_is_the_standard_librarys_source() -> None:
+    texts = modules()
     root = Path(sysconfig.get_path("stdlib"))
-    files = text.split(b"\0")
-    assert files[0] == (root / "__future__.py").read_bytes()
-    assert {(root / name).read_bytes() for name in ("json/decoder.py", "asyncio/tasks.py", "zipfile.py")} <= set(files)
-    assert len(text) > 5_000_000
-    assert not [file for file in files if b"site-packages/" in file[:200]]
-    assert corpus() == text
+    assert texts[0] == (root / "__future__.py").read_text("utf-8")
+    named = ("json/decoder.py", "asyncio/tasks.py", "zipfile.py")
+    assert {(root / name).read_bytes().decode() for name in named} <= set(texts)
+    assert sum(map(len, texts)) > 5_000_000
+    assert not [text for text in texts if "site-packages/" in text[:200]]
 
 
-def test_bytes_are_cut_into_windows_that_share_no_target() -> None:
-    text = corpus()
-    source = open_source(DataSpec(source="stdlib_text", options={"length": 100}))
-    assert isinstance(source, TokenWindows)
-    assert len(source) == (len(text) - 1) // 100
-    got = source.fetch(np.array([0, 1, 7, len(source) - 1]))
-    assert got.keys() == {"x", "y"}
-    for place, x, y in zip((0, 1, 7, len(source) - 1), got["x"], got["y"], strict=True):
-        assert bytes(x.tolist()) == text[100 * place : 100 * place + 100]
-        assert bytes(y.tolist()) == text[100 * place + 1 : 100 * place + 101] == source.spell(place)
-    assert b"".join(source.spell(i) for i in range(50)) == text[1:5001]
-    wide = open_source(DataSpec(source="stdlib_text", options={"length": 100, "stride": 1000}))
-    assert len(wide) == (len(text) - 101) // 1000 + 1
-    assert torch.equal(wide.fetch(np.array([7]))["x"], source.fetch(np.array([70]))["x"])
-
-
-@pytest.fixture(scope="module")
-def bpe() -> TokenWindows:
-    options = {"tokenizer": "bpe", "vocab": 300, "length": 64}
+def held_out(**options: Any) -> dict[str, torch.Tensor]:
+    """The test part's windows."""
     source = open_source(DataSpec(source="stdlib_text", options=options, split=TEXT))
-    assert isinstance(source, TokenWindows)
-    return source
+    return source.fetch(np.asarray(split_source(source, TEXT)["test"]))
+
+
+def test_bytes_are_the_modules_in_blocks_that_one_part_has() -> None:
+    stream = "".join(f"{text}\0" for text in modules()).encode()
+    source = open_source(DataSpec(source="stdlib_text", options={"length": 100}, split=WHOLE))
+    got = source.fetch(np.arange(len(source)))
+    assert got.keys() == {"x", "y"}
+    assert bytes(got["y"].flatten().tolist()) == stream[1 : len(source) * 100 + 1]
+    assert len(stream) - len(source) * 100 <= 100
+    test = bytes(held_out(length=1)["y"].flatten().tolist())
+    assert 0.15 < len(test) / len(stream) < 0.25
+    assert sum(test[i : i + 1000] in stream for i in range(0, 100_000, 1000)) > 60  # but at the seams
 
 
 @pytest.mark.slow
-def test_bpe_counts_the_bytes_that_it_spells(bpe: TokenWindows) -> None:
-    picked = np.random.default_rng(0).choice(len(bpe), 200)
-    got = bpe.fetch(picked)
-    assert got["x"].shape == got["y"].shape == (200, 64)
-    assert torch.equal(got["x"][:, 1:], got["y"][:, :-1])
+def test_bpe_holds_out_the_same_text() -> None:
+    test = held_out(length=1)["y"]
+    got = held_out(length=64, tokenizer="bpe", vocab=300)
+    assert got["x"].shape == got["y"].shape
     assert 256 <= int(got["y"].max()) < 300
-    assert got["bytes"].tolist() == [len(bpe.spell(int(i))) for i in picked]
+    assert 0.999 * len(test) < int(got["bytes"].sum()) < len(test)
     assert int(got["bytes"].sum()) > 1.2 * got["y"].numel()
 
 
 @pytest.mark.slow
-def test_bpe_leaves_every_part_the_text_that_was_dealt_to_it(bpe: TokenWindows) -> None:
-    """A tokenizer that has seen nothing of the test text: the parts are dealt in blocks before there are tokens."""
-    text = corpus()
-    blocks = [text[i : i + 4096] for i in range(0, len(text), 4096)]
-    dealt = {name: b"".join(blocks[i] for i in indices) for name, indices in split(len(blocks), TEXT).items()}
-    spelt = dict.fromkeys(dealt, 0)
-    for name, indices in split(len(bpe), TEXT).items():
-        place = 0
-        for index in indices:
-            found = dealt[name].find(bpe.spell(int(index)), place)
-            assert found - place in (range(1, 50) if place == 0 else (0,))  # the first token of all is no target
-            place = found + len(bpe.spell(int(index)))
-        spelt[name] = place
-    assert all(spelt[name] > 0.9 * len(dealt[name]) for name in dealt)
+def test_bpe_is_learned_from_the_training_part_alone() -> None:
+    """The same text makes another number of tokens where less of it is to train on."""
+
+    def tokens(share: float) -> int:
+        split = Split(train=share, val=0.0, test=1 - share)
+        options = {"tokenizer": "bpe", "vocab": 300, "length": 1}
+        return len(open_source(DataSpec(source="stdlib_text", options=options, split=split)))
+
+    assert abs(tokens(0.01) - tokens(0.1)) > 10
 
 
 def test_bpe_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(JobError, match=r"data.options.tokenizer: 'bpe' needs the package tokenizers"):
+    with pytest.raises(JobError, match=r"data.options.tokenizer: this needs the package tokenizers"):
         open_source(DataSpec(source="stdlib_text", options={"tokenizer": "bpe"}))
 
 
@@ -134,9 +122,8 @@ def test_bpe_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         ("iris", {"n": 3}, "data.options", "'iris' takes no options, not 'n'"),
         ("stdlib_text", {"lenght": 3}, "data.options.lenght", "did you mean 'length'?"),
         ("stdlib_text", {"length": "8"}, "data.options.length", "expected a whole number above 0, found the text '8'"),
-        ("stdlib_text", {"stride": 8}, "data.options", "a stride of 8 makes windows of 256 tokens overlap"),
         ("stdlib_text", {"vocab": 300}, "data.options", "'vocab' is of use to the tokenizer 'bpe' only"),
-        ("stdlib_text", {"length": 10**9}, "data.options.length", "no text is long enough"),
+        ("stdlib_text", {"length": 10**9}, "data.options.length", "a window takes 1000000001"),
         ("digits_scan", {"history": 0}, "data.options.history", "expected a whole number above 0"),
         ("digits_scan", {"history": 200_000}, "data.options", "the series has 115008"),
     ],
