@@ -1,7 +1,7 @@
 """From the command to the first optimizer step: dltrain (cold and warm), torchrun, Ray Train; and their memory.
 
     pip install -e '.[benchmarks]'
-    python benchmarks/launch.py [--ranks 4 8] [--repeats 5] [--json FILE]
+    python benchmarks/launch.py [--ranks 4 8] [--repeats 5] [--without "Ray Train"] [--json FILE]
 
 All run the same script (Ray Train: the same function) on one machine with gloo. "cold" starts Ray itself; "warm" joins
 a cluster that runs already (--address) and holds a fork server from an earlier launch (--keep-warm); the cluster's own
@@ -124,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without", nargs="+", default=[], metavar="CONTENDER")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"  # the same for every contender
@@ -140,6 +141,8 @@ def main() -> None:
                 "dltrain cold, 2 nodes": partial(measure, dltrain(ranks // 2, "--nodes", "2")),
                 "dltrain warm": partial(measure, dltrain(ranks, *join), cluster=cluster),
             }
+            for label in args.without:
+                del contenders[label]
             for repeat in range(args.repeats):
                 for label, run in contenders.items():
                     table.setdefault(label, []).append(run())

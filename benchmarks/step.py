@@ -1,6 +1,6 @@
 """Step time of ``dltrain launch`` against a hand-written DDP loop under torchrun: same model, data and batch.
 
-    python benchmarks/step.py [--repeats 5] [--rounds 4] [--slot 4] [--json FILE]
+    python benchmarks/step.py [--repeats 5] [--rounds 4] [--slot 4] [--wandb disabled alive ...] [--json FILE]
 
 Everything that dltrain reports is on: metrics of every step, journal, progress, W&B in each of the modes named below.
 All contenders are started together; once they are warm, all but one are stopped (SIGSTOP, with everything they have
@@ -38,6 +38,7 @@ BIN = Path(sys.executable).parent
 PEER = "hand-written DDP, torchrun"
 SETTLE = 0.5  # seconds of a slot that do not count
 DEADLINE = 300.0
+MODES = ("disabled", "offline", "alive", "dead", "hanging")
 
 
 @dataclass
@@ -122,7 +123,7 @@ class SlowServer:
             connection.close()
 
 
-def start_all(stack: ExitStack, batch: int, widths: list[int], warm: int) -> list[Contender]:
+def start_all(stack: ExitStack, batch: int, widths: list[int], warm: int, modes: list[str]) -> list[Contender]:
     """Start the contenders in folders of their own and wait until all are warm."""
     from wandb_server import StandIn
 
@@ -144,7 +145,8 @@ def start_all(stack: ExitStack, batch: int, widths: list[int], warm: int) -> lis
         "hanging": stack.enter_context(SlowServer()),
     }
     contenders = [stack.enter_context(contender(PEER, root / "peer", peer))]
-    for name, url in urls.items():
+    for name in modes:
+        url = urls[name]
         mode = f"tracking.wandb.mode={'online' if url else name}"
         start = contender(f"dltrain, W&B {name}", root / name, [*ours, mode], WANDB_BASE_URL=url)
         contenders.append(stack.enter_context(start))
@@ -158,10 +160,12 @@ def start_all(stack: ExitStack, batch: int, widths: list[int], warm: int) -> lis
     return contenders
 
 
-def measure(rounds: int, slot: float, batch: int, widths: list[int], warm: int) -> dict[str, list[tuple[float, float]]]:
+def measure(
+    rounds: int, slot: float, batch: int, widths: list[int], warm: int, modes: list[str]
+) -> dict[str, list[tuple[float, float]]]:
     """Start everything anew; of each slot the mean step time, and its ratio to the hand-written loop's around it."""
     with ExitStack() as stack:
-        contenders = start_all(stack, batch, widths, warm)
+        contenders = start_all(stack, batch, widths, warm, modes)
         for each in contenders:
             send(each.mark, signal.SIGSTOP)
         slots: dict[str, list[tuple[float, float]]] = {each.label: [] for each in contenders}
@@ -189,6 +193,7 @@ def main() -> None:
     parser.add_argument("--slot", type=float, default=4.0, help="seconds")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--wandb", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--warm", type=int, default=1500, help="steps, over which W&B has started too")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -196,7 +201,7 @@ def main() -> None:
     sys.path.insert(0, str(HERE.parent / "tests"))
     results: dict[str, list[tuple[float, float]]] = {}
     for repeat in range(args.repeats):
-        for label, values in measure(args.rounds, args.slot, args.batch, args.widths, args.warm).items():
+        for label, values in measure(args.rounds, args.slot, args.batch, args.widths, args.warm, args.wandb).items():
             results.setdefault(label, []).extend(values)
             seconds, ratio = (statistics.median(column) for column in zip(*values, strict=True))
             print(f"repeat {repeat + 1}: {label}: {seconds * 1e3:.3f} ms, ratio {ratio:.3f}", flush=True)

@@ -220,6 +220,38 @@ def test_a_tokenizer_of_ones_own_text(tmp_path: Path) -> None:
     )
 
 
+def test_windows_of_merged_bytes_say_how_many_they_are(tmp_path: Path) -> None:
+    import tokenizers
+
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(40, seed=5)))
+    source, out = str(tmp_path / "a.jsonl"), str(tmp_path / "c.tokens")
+    model = tokenizers.Tokenizer.from_file(prepare([source], out, tokenizer="bpe", vocabulary=400).tokenizer)
+    end, size = model.token_to_id("<|endoftext|>"), 20
+    for spec in (
+        DataSpec(source=out, options={"length": size}, split=WHOLE),
+        DataSpec(source=source, options={"length": size, "tokenizer": str(tmp_path / "c.tokenizer.json")}, split=WHOLE),
+    ):
+        opened = open_source(spec)
+        got = opened.fetch(np.arange(len(opened)))
+        text = model.decode(got["y"].flatten().tolist())  # leaves the end of text out
+        assert int(got["bytes"].sum()) == len(text.encode()) + int((got["y"] == end).sum())
+        assert got["bytes"].shape == (len(opened),)
+        assert int(got["bytes"].min()) >= size
+
+
+def test_a_tokenizer_of_words_does_not_say_how_many_bytes_they_are(tmp_path: Path) -> None:
+    import tokenizers
+
+    words = {"<unk>": 0, **{word: i for i, word in enumerate("the cat sat on mat".split(), start=1)}}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.save(str(tmp_path / "words.json"))
+    (tmp_path / "a.txt").write_text("the cat sat on the mat")
+    options = {"length": 2, "tokenizer": str(tmp_path / "words.json")}
+    source = open_source(DataSpec(source=str(tmp_path / "a.txt"), options=options, split=WHOLE))
+    assert source.fetch(np.array([0])).keys() == {"x", "y"}
+
+
 def test_a_large_token_file_is_mapped_and_not_read(tmp_path: Path) -> None:
     n = 1 << 31
     with (tmp_path / "a.tokens").open("wb") as file:  # tokens of a hole of 2 GiB
@@ -276,7 +308,7 @@ def test_force_replaces(empty_folder: Path) -> None:
     assert bytes(safetensors.numpy.load_file("c.tokens")["tokens"]) == b"good\0"
 
 
-@pytest.mark.parametrize("damage", ["cut", "no tokens", "another's", "other blocks"])
+@pytest.mark.parametrize("damage", ["cut", "no tokens", "another's", "other blocks", "other sizes"])
 def test_damaged_token_files(damage: str, empty_folder: Path) -> None:
     tensors = {"tokens": np.zeros(9, np.uint8), "documents": np.array([0, 9]), "keys": np.zeros(1, np.uint64)}
     metadata = {"dltrain": "tokens-1", "vocabulary_size": "256"}
@@ -286,6 +318,8 @@ def test_damaged_token_files(damage: str, empty_folder: Path) -> None:
         metadata = {}
     if damage == "other blocks":
         tensors["keys"] = np.zeros(2, np.uint64)
+    if damage == "other sizes":
+        tensors["sizes"] = np.ones(255, np.int64)
     content = safetensors.numpy.save(tensors, metadata)
     Path("a.tokens").write_bytes(content[:-1] if damage == "cut" else content)
     assert "'a.tokens' cannot be read as a token file" in refusal("a.tokens", length=2)[1]
