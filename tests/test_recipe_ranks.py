@@ -11,7 +11,7 @@ from dltrain.models.registry import RECIPES
 from ranks import train_ranks
 from safetensors.torch import load_file
 
-TEXT = ("data.source=stdlib_text", "data.split.train=0.9998", "data.split.val=0.0001", "data.split.test=0.0001")
+TEXT = ("data.source=stdlib_text", "data.split.train=0.997", "data.split.val=0.001", "data.split.test=0.002")
 JOBS = {
     "cnn": (
         *("model.residual=true", "model.norm=batch", "model.batch_norm=microbatch"),
