@@ -135,14 +135,19 @@ def _evaluation(job: Job) -> Iterator[Problem]:
 
 
 def _watching(job: Job) -> Iterator[Problem]:
-    """What waits for evaluations that never come."""
-    if job.data.split.val > 0:
-        return
-    what, hint = "there is no validation part to watch a metric on", "data.split.val is 0"
+    """What waits for evaluations that never come, or for metrics that they never give."""
+    watches: list[tuple[str, str, str]] = []
     if job.train.early_stop.patience is not None:
-        yield Problem(what, "train.early_stop.patience", hint)
+        watches.append(("train.early_stop", "patience", job.train.early_stop.metric))
     if job.train.schedule.name == "plateau":
-        yield Problem(what, "train.schedule.name", hint)
+        watches.append(("train.schedule", "name", job.train.schedule.metric))
+    for section, key, metric in watches:
+        if job.data.split.val == 0:
+            what = "there is no validation part to watch a metric on"
+            yield Problem(what, f"{section}.{key}", "data.split.val is 0")
+        elif not metric.startswith("val/"):
+            what = f"'{metric}' is no metric of the validation part"
+            yield Problem(what, f"{section}.metric", f"such as 'val/{metric.rpartition('/')[2]}'")
 
 
 def _optimizers(job: Job) -> Iterator[Problem]:

@@ -242,7 +242,7 @@ def test_windows_of_merged_bytes_say_how_many_they_are(tmp_path: Path) -> None:
 def test_a_tokenizer_of_words_does_not_say_how_many_bytes_they_are(tmp_path: Path) -> None:
     import tokenizers
 
-    words = {"<unk>": 0, **{word: i for i, word in enumerate("the cat sat on mat".split(), start=1)}}
+    words = {"<unk>": 0, **{word: i for i, word in enumerate(("the", "cat", "sat", "on", "mat"), start=1)}}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.save(str(tmp_path / "words.json"))

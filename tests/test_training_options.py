@@ -125,9 +125,9 @@ def test_the_rate_falls_when_the_metric_does_not_improve(tmp_path: Path, ranks: 
 
 
 def test_a_metric_may_be_better_when_higher() -> None:
-    watch = Watch("val/accuracy", "max", patience=2, min_delta=0.01)
+    watch = Watch("val/accuracy", "max", where="", patience=2, min_delta=0.01)
     values = (0.5, 0.6, 0.605, 0.4, 0.7, 0.6, 0.7)
-    assert [watch.worn({"val/accuracy": value}, "") for value in values] == [*(3 * [False]), True, False, False, True]
+    assert [watch.worn({"val/accuracy": value}) for value in values] == [*(3 * [False]), True, False, False, True]
 
 
 @pytest.mark.usefixtures("empty_folder")
@@ -139,6 +139,14 @@ def test_watching_without_a_validation_part_or_a_metric_that_nobody_evaluates_is
     ):
         found = problem(no_val + watching)
         assert "there is no validation part" in found.what
+        assert found.where.endswith(where)
+    for watching, where in (
+        ("train: {early_stop: {patience: 2, metric: train/loss}}\n", "train.early_stop.metric"),
+        ("train: {schedule: {name: plateau, metric: loss}}\n", "train.schedule.metric"),
+    ):
+        found = problem(watching)
+        assert "is no metric of the validation part" in found.what
+        assert found.hint == "such as 'val/loss'"
         assert found.where.endswith(where)
     with pytest.raises(AssertionError, match=r"no metric 'val/los' is evaluated.*known: val/accuracy, val/loss"):
         train_ranks(tmp_path, 1, *MODEL, "train.early_stop.patience=1", "train.early_stop.metric=val/los")

@@ -10,24 +10,31 @@ from ..core.job import TrainSpec
 
 
 class Watch:
-    """The best value of a metric so far, and how many evaluations ago it was."""
+    """The best value of a metric so far, and how many evaluations ago it was.
 
-    def __init__(self, metric: str, goal: Literal["min", "max"], *, patience: int, min_delta: float = 0.0) -> None:
+    Attributes:
+        where: the job's key that names the metric.
+    """
+
+    def __init__(
+        self, metric: str, goal: Literal["min", "max"], *, where: str, patience: int, min_delta: float = 0.0
+    ) -> None:
+        self.where = where
         self._metric = metric
         self._sign = 1.0 if goal == "min" else -1.0
         self._patience, self._min_delta = patience, min_delta
         self._best: float | None = None
         self._since = 0
 
-    def worn(self, metrics: Mapping[str, float], where: str) -> bool:
+    def worn(self, metrics: Mapping[str, float]) -> bool:
         """Whether the metric has not improved for ``patience`` evaluations, this one counted; the count begins anew.
 
         Raises:
-            JobError: there is no such metric among ``metrics``; ``where`` is the key that names it.
+            JobError: there is no such metric among ``metrics``.
         """
         if self._metric not in metrics:
             known = ", ".join(sorted(metrics)) or "there are none"
-            raise JobError(Problem(f"no metric '{self._metric}' is evaluated", where, f"known: {known}"))
+            raise JobError(Problem(f"no metric '{self._metric}' is evaluated", self.where, f"known: {known}"))
         value = self._sign * metrics[self._metric]
         if self._best is None or value < self._best - self._min_delta:
             self._best, self._since = value, 0
@@ -57,13 +64,15 @@ class Course:
         self.falls = 0
         self.ended = False
         schedule, stop = train.schedule, train.early_stop
-        self._watches: dict[str, Watch] = {}
+        self._plateau: Watch | None = None
+        self._stop: Watch | None = None
         if schedule.name == "plateau":
-            self._watches["train.schedule.metric"] = Watch(schedule.metric, schedule.goal, patience=schedule.patience)
-        if stop.patience is not None:
-            self._watches["train.early_stop.metric"] = Watch(
-                stop.metric, stop.goal, patience=stop.patience, min_delta=stop.min_delta
+            self._plateau = Watch(
+                schedule.metric, schedule.goal, where="train.schedule.metric", patience=schedule.patience
             )
+        if stop.patience is not None:
+            where = "train.early_stop.metric"
+            self._stop = Watch(stop.metric, stop.goal, where=where, patience=stop.patience, min_delta=stop.min_delta)
 
     def take(self, metrics: Mapping[str, float]) -> None:
         """Consider an evaluation.
@@ -71,20 +80,22 @@ class Course:
         Raises:
             JobError: a metric that is watched is not among ``metrics``.
         """
-        for where, watch in self._watches.items():
-            if watch.worn(metrics, where):
-                if where == "train.schedule.metric":
-                    self.falls += 1
-                else:
-                    self.ended = True
+        if self._plateau is not None and self._plateau.worn(metrics):
+            self.falls += 1
+        if self._stop is not None and self._stop.worn(metrics):
+            self.ended = True
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON-able."""
-        return {"falls": self.falls, "watches": {where: watch.state() for where, watch in self._watches.items()}}
+        return {"falls": self.falls, "watches": {watch.where: watch.state() for watch in self._watches()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's; a watch that it does not know begins anew."""
         self.falls = state.get("falls", 0)
-        for where, found in state.get("watches", {}).items():
-            if where in self._watches:
-                self._watches[where].load(found)
+        found = state.get("watches", {})
+        for watch in self._watches():
+            if watch.where in found:
+                watch.load(found[watch.where])
+
+    def _watches(self) -> list[Watch]:
+        return [watch for watch in (self._plateau, self._stop) if watch is not None]
