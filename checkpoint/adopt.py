@@ -67,7 +67,7 @@ def match(foreign: Foreign, model: Mapping[str, Tensor], renames: Sequence[tuple
 
 
 def adopt(storage: Storage, foreign: Foreign, *, job: dict[str, Any], source: str) -> Manifest:
-    """Write ``foreign`` as the checkpoint of step 0, with weights only: what ``--init-from`` takes.
+    """Write ``foreign`` as the checkpoint of step 0: weights and buffers, no optimizer's state.
 
     Raises:
         JobError: there are checkpoints in the folder already, it cannot be written, or a dtype cannot be stored.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -9,12 +10,17 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
+import checkpoints
 import pytest
+import torch
 from dltrain.cli.options import parse_launch
 from dltrain.core.config import load_job
+from dltrain.core.storage import Storage
 from dltrain.data.prepare import prepare
+from dltrain.launcher.rundir import Record
 from dltrain.models.registry import RECIPES
 from launching import Sandbox
 
@@ -49,6 +55,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def write_run(path: Path) -> None:
+    """A run directory with a checkpoint that has what the examples ask for."""
+    path.mkdir(parents=True, exist_ok=True)
+    record = Record("0000", "digits", job={"checkpoint": {"to": None, "options": {}}})
+    (path / "run.json").write_text(json.dumps(asdict(record)), encoding="utf-8")
+    names = [f"{kind}.cnn.hidden.{name}" for kind in ("model", "ema") for name in ("weight", "bias")]
+    checkpoints.save(Storage(str(path / "checkpoints")), 100, checkpoints.whole({n: torch.ones(2) for n in names}, 1))
+
+
 def named_files() -> Iterator[tuple[str, str]]:
     """The README's Python blocks that begin with a file's name."""
     for code in fences(ROOT / "README.md", "python"):
@@ -71,6 +86,8 @@ def test_commands_can_be_typed(line: str, folder: Path) -> None:
         elif word.endswith((".py", ".yaml")) and not Path(word).exists():
             Path(word).parent.mkdir(parents=True, exist_ok=True)
             Path(word).touch()
+        elif word.startswith("runs/") and words[0] == "checkpoint":
+            write_run(Path("/".join(Path(word).parts[:3])))
         elif word.startswith("runs/"):
             Path(word).mkdir(parents=True, exist_ok=True)
     if words[0] != "launch":
@@ -84,7 +101,7 @@ def test_commands_can_be_typed(line: str, folder: Path) -> None:
 
 def test_there_are_commands() -> None:
     """A guard against a pattern that finds nothing."""
-    assert {line.split()[1] for line in commands()} == {"launch", "config", "data"}
+    assert {line.split()[1] for line in commands()} == {"launch", "config", "data", "checkpoint"}
     assert len(list(commands())) > 15
 
 
