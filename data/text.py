@@ -107,7 +107,7 @@ def json_tokenizer(content: bytes, name: str, end_token: str | None = None, *, w
     names = (end_token,) if end_token is not None else _END_TOKENS
 
     def encode(texts: list[str]) -> list[np.ndarray]:
-        return [np.array(one.ids, dtype=np.int64) for one in model.encode_batch(texts, add_special_tokens=False)]
+        return [np.array(one.ids, dtype=np.int64) for one in model.encode_batch_fast(texts, add_special_tokens=False)]
 
     end = next((vocabulary[token] for token in names if token in vocabulary), None)
     size = max(vocabulary.values()) + 1
