@@ -123,8 +123,8 @@ def _protocols(url: str, where: str) -> Iterator[Problem]:
 
 def _batch(job: Job, world: int) -> Iterator[Problem]:
     try:
-        data = job.parallel.axes(world)["data"]
-        microbatches_per_step(job.train.microbatches, global_batch=job.train.global_batch, data=data)
+        train = job.train
+        microbatches_per_step(train.microbatches, global_batch=train.global_batch, world=world, parallel=job.parallel)
     except JobError as error:
         yield from error.problems
 
@@ -158,8 +158,8 @@ def _optimizers(job: Job) -> Iterator[Problem]:
     named += [(f"train.parts.{part}", job.train.optimizer_of(part).name) for part in job.train.parts]
     for where, name in named:
         if name in ("adafactor", "muon"):
-            what = f"'{name}' needs whole matrices, which this strategy cuts over the ranks"
-            yield Problem(what, where, "adamw would do, or parallel.strategy: ddp without tensor")
+            what = f"'{name}' needs whole matrices, and all of them, which this strategy shares out to the ranks"
+            yield Problem(what, where, "adamw would do, or parallel.strategy: ddp without tensor and pipeline")
 
 
 def _extras(job: Job) -> Iterator[Problem]:

@@ -59,6 +59,10 @@ class Layout:
             outputs of every 'row' and 'embedding' are then cut along it, until a norm gathers them.
         tensor_sizes: numbers that the ranks of a tensor group share evenly, such as ``{"attention heads": 8}``, beside
             the sizes of the matrices themselves; the names are for messages.
+        pipeline: the submodules that the part's ``forward`` runs one after another, by name: the first is given what
+            the part is called with, each other one the tensor that the one before returned. Together they hold all
+            weights and buffers. A pipeline's stages are consecutive runs of them. One without weights may be named
+            several times.
         double_backward: whether the loss differentiates through gradients, as Wasserstein-GP's penalty does. Such a
             part cannot be sharded, since its weights are freed after the first backward, and has no static graph.
     """
@@ -67,6 +71,7 @@ class Layout:
     tensor: Mapping[str, TensorRule] = field(default_factory=dict[str, "TensorRule"])
     sequence: Mapping[str, SequenceRule] = field(default_factory=dict[str, "SequenceRule"])
     tensor_sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+    pipeline: tuple[str, ...] = ()
     double_backward: bool = False
 
 
@@ -228,9 +233,11 @@ class Engine(ABC):
 
     Attributes:
         parts: names of the recipe's parts.
+        parameters: number of the weights of all parts, whichever ranks hold them.
     """
 
     parts: tuple[str, ...]
+    parameters: int
 
     @abstractmethod
     def step(self, microbatches: Sequence[Batch], rate: float) -> StepResult:
@@ -241,7 +248,7 @@ class Engine(ABC):
 
     @abstractmethod
     def share_buffers(self) -> None:
-        """Give every rank the same buffers (running statistics): rank 0's. Collective.
+        """Give every rank the same buffers (running statistics): rank 0's, or its stage's first rank's. Collective.
 
         Between steps each rank has its own. This comes before they are saved.
         """

@@ -24,6 +24,15 @@ class Parallel(BaseModel):
     tensor: int = Field(default=1, gt=0)
     """Neighbouring ranks that compute the same microbatches together, each with its share of the model's matrices
     (tensor parallelism, by the rules of the recipe's layout). The others are data-parallel."""
+    pipeline: int = Field(default=1, gt=0)
+    """Groups of ranks that hold one stage of the model each, its submodules cut into as many runs (by the recipe's
+    layout); microbatches pass through them one after another (pipeline parallelism)."""
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    """pipeline: in which order a stage works. 'gpipe': all forward passes of a step, then all backward passes. '1f1b':
+    forward and backward in turn, so that a stage keeps the activations of as many microbatches as there are stages at
+    most. 'interleaved': as that, with several shorter stages on each rank, which wait less and send more."""
+    pipeline_chunks: int = Field(default=2, gt=1)
+    """pipeline_schedule 'interleaved': stages on each rank."""
     sequence: bool = False
     """tensor: also cut what lies between those matrices, along the sequence, by the rules of the recipe's layout. Takes
     less memory for activations; sequences must divide evenly."""
@@ -56,12 +65,13 @@ class Parallel(BaseModel):
 
     @model_validator(mode="after")
     def _options_fit_the_strategy(self) -> Self:
-        plain_ddp = self.strategy == "ddp" and self.tensor == 1
+        plain_ddp = self.strategy == "ddp" and self.tensor == self.pipeline == 1
         for name in ("static_graph", "compress"):
             if not plain_ddp and self._is_set(name):
-                raise ValueError(f"'{name}' is for the strategy 'ddp' without 'tensor'")
+                raise ValueError(f"'{name}' is for the strategy 'ddp' without 'tensor' and 'pipeline'")
         if not plain_ddp and not self.zero_stage and self._is_set("bucket_mb"):
-            raise ValueError("'bucket_mb' is for the strategy 'ddp' without 'tensor', and for zero1, zero2, zero3")
+            where = "the strategy 'ddp' without 'tensor' and 'pipeline'"
+            raise ValueError(f"'bucket_mb' is for {where}, and for zero1, zero2, zero3")
         if self.sequence and self.tensor == 1:
             raise ValueError("'sequence' needs 'tensor' above 1")
         for name in ("replicas", "reshard", "reduce"):
@@ -73,6 +83,12 @@ class Parallel(BaseModel):
             raise ValueError("'deepspeed' is for the strategies zero1, zero2 and zero3")
         if self.zero_stage and self.tensor > 1:
             raise ValueError("'tensor' is for the strategies ddp and fsdp")
+        if self.zero_stage and self.pipeline > 1:
+            raise ValueError("'pipeline' is for the strategies ddp and fsdp; fsdp shares out what ZeRO does")
+        if self.pipeline == 1 and self._is_set("pipeline_schedule"):
+            raise ValueError("'pipeline_schedule' needs 'pipeline' above 1")
+        if self._is_set("pipeline_chunks") and (self.pipeline == 1 or self.pipeline_schedule != "interleaved"):
+            raise ValueError("'pipeline_chunks' is for pipeline_schedule 'interleaved'")
         for name in ("powersgd_rank", "powersgd_start"):
             if self.compress != "powersgd" and self._is_set(name):
                 raise ValueError(f"'{name}' is for compress 'powersgd'")
@@ -83,8 +99,13 @@ class Parallel(BaseModel):
 
     @property
     def cuts_weights(self) -> bool:
-        """Whether ranks hold pieces of matrices, so that an update rule cannot look at a whole one."""
-        return self.strategy != "ddp" or self.tensor > 1
+        """Whether a rank holds a share of the weights only, so that an update rule cannot look at all of them."""
+        return self.strategy != "ddp" or self.tensor > 1 or self.pipeline > 1
+
+    @property
+    def stages(self) -> int:
+        """Into how many stages the model is cut."""
+        return self.pipeline * (self.pipeline_chunks if self.pipeline_schedule == "interleaved" else 1)
 
     @property
     def zero_stage(self) -> int:
@@ -99,14 +120,18 @@ class Parallel(BaseModel):
         """
         if world < 1:
             raise JobError(Problem(f"a world needs at least one rank, not {world}", "resources"))
-        if world % self.tensor:
-            what = f"{world} ranks cannot be dealt to groups of {self.tensor}"
-            raise JobError(Problem(what, "parallel.tensor", f"{nearest_divisor(world, self.tensor)} would do"))
-        data = world // self.tensor
+        if world % self.pipeline:
+            what = f"{world} ranks cannot be dealt to {self.pipeline} stages"
+            raise JobError(Problem(what, "parallel.pipeline", f"{nearest_divisor(world, self.pipeline)} would do"))
+        left = world // self.pipeline
+        if left % self.tensor:
+            what = f"{left} ranks cannot be dealt to groups of {self.tensor}"
+            raise JobError(Problem(what, "parallel.tensor", f"{nearest_divisor(left, self.tensor)} would do"))
+        data = left // self.tensor
         if data % self.replicas:
             what = f"{data} data-parallel ranks cannot be dealt to {self.replicas} replicas"
             raise JobError(Problem(what, "parallel.replicas", f"{nearest_divisor(data, self.replicas)} would do"))
-        return {"data": data, "tensor": self.tensor}
+        return {"pipeline": self.pipeline, "data": data, "tensor": self.tensor}
 
     def place(self, rank: int, world: int) -> dict[str, int]:
         """Where ``rank`` stands on each of the :meth:`axes`, the last of which varies fastest."""
@@ -115,6 +140,14 @@ class Parallel(BaseModel):
             rank, found[name] = divmod(rank, size)
         return found
 
+    def counts(self, rank: int, world: int) -> bool:
+        """Whether the losses and metrics of ``rank`` count: one rank's of those that compute the same samples.
+
+        It is in the last stage, which is the one that has them.
+        """
+        place = self.place(rank, world)
+        return place["pipeline"] == self.pipeline - 1 and place["tensor"] == 0
+
 
 def nearest_divisor(number: int, near: int) -> int:
     """The divisor of ``number`` that is nearest to ``near``; the smaller of two."""
@@ -122,13 +155,19 @@ def nearest_divisor(number: int, near: int) -> int:
     return min(divisors, key=lambda d: (abs(d - near), d))
 
 
-def microbatches_per_step(microbatches: int | Literal["auto"], *, global_batch: int, data: int) -> int:
-    """Microbatches of one optimizer step over all ranks, dealt evenly to ``data`` data-parallel ranks.
+def microbatches_per_step(
+    microbatches: int | Literal["auto"], *, global_batch: int, world: int, parallel: Parallel
+) -> int:
+    """Microbatches of one optimizer step over all ranks, dealt evenly to the data-parallel ranks.
+
+    'auto' is one for each data-parallel rank, and with a pipeline as many as it has ranks, so that each has one.
 
     Raises:
-        JobError: they cannot be dealt evenly, or a microbatch would be empty in every step.
+        JobError: they cannot be dealt evenly, the pipeline's schedule does not take as many, or a microbatch would be
+            empty in every step.
     """
-    count = data if microbatches == "auto" else microbatches
+    data = parallel.axes(world)["data"]
+    count = data * parallel.pipeline if microbatches == "auto" else microbatches
     if count % data:
         near = max(data, round(count / data) * data)
         raise JobError(
@@ -138,6 +177,7 @@ def microbatches_per_step(microbatches: int | Literal["auto"], *, global_batch: 
                 f"{near} would do",
             )
         )
+    _check_schedule(count, data, parallel)
     if count > global_batch:
         raise JobError(
             Problem(
@@ -147,3 +187,18 @@ def microbatches_per_step(microbatches: int | Literal["auto"], *, global_batch: 
             )
         )
     return count
+
+
+def _check_schedule(count: int, data: int, parallel: Parallel) -> None:
+    """What torch's schedules ask of the number of microbatches that one data-parallel rank has in a step."""
+    own, ranks = count // data, parallel.pipeline
+    if ranks == 1 or parallel.pipeline_schedule == "gpipe":
+        return
+    if own < ranks and parallel.pipeline_schedule == "1f1b":
+        what = f"{count} microbatches are {own} for each pipeline, fewer than its {ranks} stages"
+        hint = f"{ranks * data} would do, or parallel.pipeline_schedule: gpipe"
+        raise JobError(Problem(what, "train.microbatches", hint))
+    rounds = max(1, own // ranks)
+    if parallel.pipeline_schedule == "interleaved" and own % rounds:
+        what = f"{own} microbatches for each pipeline cannot be dealt evenly to {rounds} rounds of {ranks} stages"
+        raise JobError(Problem(what, "train.microbatches", f"{rounds * ranks * data} would do"))

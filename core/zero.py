@@ -155,7 +155,9 @@ def _determined(job: Job, world: int | None) -> dict[str, tuple[Any, str]]:
     if stage == 3:
         found["zero_optimization.offload_param.device"] = (job.parallel.offload, "parallel.offload")
     if world is not None:
-        count = microbatches_per_step(train.microbatches, global_batch=train.global_batch, data=world)
+        count = microbatches_per_step(
+            train.microbatches, global_batch=train.global_batch, world=world, parallel=job.parallel
+        )
         found["gradient_accumulation_steps"] = (count // world, f"train.microbatches on {world} ranks")
         samples = math.ceil(train.global_batch / count)
         found["train_micro_batch_size_per_gpu"] = (samples, "train.global_batch / train.microbatches")

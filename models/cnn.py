@@ -94,15 +94,18 @@ class Cnn(nn.Module):
         stage = ResidualBlock if config.residual else _convolution
         inputs = [config.channels, *config.widths[:-1]]
         self.convolutions = nn.ModuleList(stage(i, o, config) for i, o in zip(inputs, config.widths, strict=True))
+        self.pooling = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
+        self.flatten = nn.Flatten()
         side = config.size >> len(config.widths)
         self.hidden = nn.Linear(config.widths[-1] * side * side, config.hidden)
+        self.activation = nn.ReLU()
         self.dropout = nn.Dropout(config.dropout)
         self.logits = nn.Linear(config.hidden, config.classes)
 
     def forward(self, images: Tensor) -> Tensor:
         for convolution in self.convolutions:
-            images = functional.max_pool2d(functional.relu(convolution(images)), 2)
-        return self.logits(self.dropout(functional.relu(self.hidden(images.flatten(1)))))
+            images = self.pooling(convolution(images))
+        return self.logits(self.dropout(self.activation(self.hidden(self.flatten(images)))))
 
 
 class CnnRecipe:
@@ -117,9 +120,14 @@ class CnnRecipe:
         return {"cnn": Cnn(self.config)}
 
     def layout(self, part: str) -> Layout:
+        stages = [f"convolutions.{i}" for i in range(len(self.config.widths))]
         return Layout(
-            units=(*(f"convolutions.{i}" for i in range(len(self.config.widths))), "hidden", "logits"),
+            units=(*stages, "hidden", "logits"),
             tensor={"hidden": "column", "dropout": "dropout", "logits": "row"},
+            pipeline=(
+                *(name for stage in stages for name in (stage, "pooling")),
+                *("flatten", "hidden", "activation", "dropout", "logits"),
+            ),
         )
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:

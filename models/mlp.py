@@ -12,7 +12,6 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..core.contracts import Batch, Layout
 from ..core.job import Spec
@@ -65,12 +64,12 @@ class Mlp(nn.Module):
         super().__init__()
         widths = [config.inputs, *config.hidden]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
-        self.dropout = nn.Dropout(config.dropout)
+        self.between = nn.Sequential(nn.ReLU(), nn.Dropout(config.dropout))
         self.head = nn.Linear(widths[-1], config.classes if config.task == "classify" else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = self.dropout(functional.relu(layer(x)))
+            x = self.between(layer(x))
         return self.head(x)
 
 
@@ -86,7 +85,11 @@ class MlpRecipe:
         return {"mlp": Mlp(self.config)}
 
     def layout(self, part: str) -> Layout:
-        return Layout(units=(*(f"layers.{i}" for i in range(len(self.config.hidden))), "head"))
+        layers = [f"layers.{i}" for i in range(len(self.config.hidden))]
+        return Layout(
+            units=(*layers, "head"),
+            pipeline=(*(name for layer in layers for name in (layer, "between")), "head"),
+        )
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:
         return self._loss(parts[part](batch["x"]), batch["y"], per_sample=False)

@@ -113,6 +113,7 @@ class Transformer(nn.Module):
         self.tied = config.task == "next_token" and config.tie_weights
         self.pooled = config.task == "classify"
         self.depth = config.layers
+        self.reader = AsSequence() if self.pooled and config.inputs is not None else None
         if self.pooled and config.inputs is not None:
             self.embedding = nn.Linear(config.inputs, config.dim)
         else:
@@ -120,6 +121,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.pool = Mean() if self.pooled else None
         self.head = nn.Linear(config.dim, config.classes if self.pooled else config.vocabulary, bias=self.pooled)
         self.reset_parameters()
 
@@ -140,13 +142,30 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=residual if name.endswith(_RESIDUAL) else _STD)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.embedding, nn.Linear):
-            x = as_sequence(x)
+        """As :meth:`TransformerRecipe.layout` says it to pipelines."""
+        if self.reader is not None:
+            x = self.reader(x)
         x = self.dropout(self.embedding(x))
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
-        return self.head(x.mean(dim=1) if self.pooled else x)
+        if self.pool is not None:
+            x = self.pool(x)
+        return self.head(x)
+
+
+class AsSequence(nn.Module):
+    """:func:`as_sequence`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return as_sequence(x)
+
+
+class Mean(nn.Module):
+    """``[samples, steps, dim]`` to the mean over the steps, ``[samples, dim]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=1)
 
 
 def _block(config: TransformerConfig) -> Block:
@@ -200,6 +219,12 @@ class TransformerRecipe:
             tensor=rules,
             sequence=along if of_tokens else {},  # vectors come in whole
             tensor_sizes={"heads": config.heads, "kv_heads": config.kv_heads},
+            pipeline=(
+                *(() if of_tokens else ("reader",)),
+                *("embedding", "dropout", *blocks, "norm"),
+                *(() if config.task == "next_token" else ("pool",)),
+                "head",
+            ),
         )
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:

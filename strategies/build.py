@@ -6,21 +6,25 @@ import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..core.contracts import Engine, Layout, Recipe
 from ..core.errors import JobError, Problem, did_you_mean
 from ..core.job import Job
-from ..core.parallel import Parallel
+from ..core.parallel import Parallel, microbatches_per_step
 from .ddp import Ddp
 from .ema import Ema, trainable
 from .fsdp import Fsdp
 from .optimizers import build_optimizers
 from .passes import Mark, Passes, Precision, Reseed
+from .pipeline import Piped, Spot, schedule
+from .pipeline_engine import Held, Peers, PipelineEngine
 from .recompute import recompute
 from .shards import Weight
 from .spread import Alone, Spread
+from .stages import Stage, check_pipeline, divide, first_names, holders, keep
 from .tensor import check_cut, cut
 from .torch_engine import TorchEngine, Trained
 
@@ -36,30 +40,38 @@ def build_engine(
         JobError: the job does not fit the recipe's parts.
     """
     parallel = job.parallel
-    axes = parallel.axes(world)
-    modules = {name: part.to(device).train() for name, part in recipe.parts().items()}
+    modules = recipe.parts()
     check_parts(job, recipe, modules)
     passes = Passes(
         recipe,
-        axes["data"],
-        counts=parallel.place(rank, world)["tensor"] == 0,
+        parallel.axes(world)["data"],
+        counts=parallel.counts(rank, world),
         precision=_precision(job, device),
         reseed=reseed,
         mark=mark,
     )
-    if parallel.zero_stage:
-        return _zero(passes, modules, job, world=world, device=device)
+    parameters = sum(weight.numel() for module in modules.values() for weight in module.parameters())
+    engine = (_pipeline if parallel.pipeline > 1 else _zero if parallel.zero_stage else _torch)(
+        passes, modules, job, world=world, device=device
+    )
+    engine.parameters = parameters
+    return engine
+
+
+def _torch(passes: Passes, modules: Mapping[str, nn.Module], job: Job, *, world: int, device: torch.device) -> Engine:
+    parallel = job.parallel
     mesh = _mesh(parallel, world, device)
     parts: dict[str, Trained] = {}
     for name, module in modules.items():
-        layout = recipe.layout(name)
+        layout = passes.recipe.layout(name)
+        module.to(device).train()
         if mesh is not None and parallel.tensor > 1:
             cut(module, layout, mesh["tensor"], sequence=parallel.sequence)
         if job.train.recompute:
             recompute(module, layout.units)
         if job.train.compile:
             _compile(module, layout.units if mesh is not None else ())
-        spread = _spread(job, module, layout, axes["data"], mesh, device)
+        spread = _spread(job, module, layout.units, passes.ranks, mesh, device)
         weights = [Weight(parameter) for parameter in module.parameters() if parameter.requires_grad]
         spec = job.train.optimizer_of(name)
         optimizers = build_optimizers(module, spec, [weight.piece for weight in weights])
@@ -68,11 +80,54 @@ def build_engine(
     return TorchEngine(passes, parts, world=world, clip_norm=job.train.clip_norm, ema=ema)
 
 
+def _pipeline(
+    passes: Passes, modules: Mapping[str, nn.Module], job: Job, *, world: int, device: torch.device
+) -> Engine:
+    parallel, ((name, module),) = job.parallel, modules.items()
+    layout = passes.recipe.layout(name)
+    ranks = init_device_mesh(
+        device.type, tuple(parallel.axes(world).values()), mesh_dim_names=tuple(parallel.axes(world))
+    )
+    peers = Peers(*(ranks.get_group(axis) for axis in ("pipeline", "data", "tensor")))
+    runs = divide(module, layout.pipeline, parallel.stages)
+    names = first_names(module)
+    places = range(dist.get_rank(peers.pipeline), parallel.stages, parallel.pipeline)
+    keep(module, layout.pipeline, [step for place in places for step in runs[place]])
+    module.to(device).train()
+    for submodule in module.modules():
+        if hasattr(submodule, "process_group"):  # as torch's SyncBatchNorm has it
+            submodule.process_group = peers.data
+    mesh = _mesh(parallel, world, device) if passes.ranks * parallel.tensor > 1 else None
+    if mesh is not None and parallel.tensor > 1:
+        cut(module, layout, mesh["tensor"], sequence=parallel.sequence)
+    stages: list[Piped] = []
+    for place in places:
+        stage = Stage(module, runs[place])
+        units = stage.own(layout.units)
+        if job.train.recompute:
+            recompute(stage, units)
+        if job.train.compile:
+            _compile(stage, units)
+        spread = _spread(job, stage, units, passes.ranks, mesh, device)
+        stages.append(Piped(passes, name, spread, Spot(place, parallel.stages, peers.pipeline, device)))
+    weights = {names[fqn]: Weight(p) for fqn, p in module.named_parameters() if p.requires_grad}
+    spec, train = job.train.optimizer_of(name), job.train
+    optimizers = build_optimizers(module, spec, [weight.piece for weight in weights.values()])
+    holding = holders(names, runs, parallel.pipeline)
+    held = Held(name, module, weights, optimizers, spec.every, holding)
+    averaged = {f"{name}.{fqn}": weight.whole for fqn, weight in weights.items()}
+    ema = Ema(averaged, train.ema) if train.ema is not None else None
+    count = microbatches_per_step(train.microbatches, global_batch=train.global_batch, world=world, parallel=parallel)
+    order = schedule(parallel, stages, count // passes.ranks)
+    return PipelineEngine(passes, held, stages, order, peers, clip_norm=train.clip_norm, ema=ema)
+
+
 def _zero(passes: Passes, modules: Mapping[str, nn.Module], job: Job, *, world: int, device: torch.device) -> Engine:
     from .deepspeed_engine import ZeroEngine  # DeepSpeed is an extra
 
-    if job.train.recompute:
-        for name, module in modules.items():
+    for name, module in modules.items():
+        module.to(device).train()
+        if job.train.recompute:
             recompute(module, passes.recipe.layout(name).units)
     return ZeroEngine(passes, modules, job, world=world, device=device)
 
@@ -88,10 +143,10 @@ def check_parts(job: Job, recipe: Recipe, modules: Mapping[str, nn.Module]) -> N
             hint = did_you_mean(name, modules)
             raise JobError(Problem(f"{job.recipe} has no part '{name}'", "train.parts", hint))
     if job.parallel.cuts_weights or job.parallel.static_graph or job.train.recompute:
-        _check_layouts(job, {name: (module, recipe.layout(name)) for name, module in modules.items()})
+        _check_layouts(job, recipe, {name: (module, recipe.layout(name)) for name, module in modules.items()})
 
 
-def _check_layouts(job: Job, parts: Mapping[str, tuple[nn.Module, Layout]]) -> None:
+def _check_layouts(job: Job, recipe: Recipe, parts: Mapping[str, tuple[nn.Module, Layout]]) -> None:
     parallel = job.parallel
     if parallel.tensor > 1 and not any(layout.tensor for _, layout in parts.values()):
         what = f"the layout of {job.recipe} has no rules for tensor parallelism"
@@ -102,7 +157,9 @@ def _check_layouts(job: Job, parts: Mapping[str, tuple[nn.Module, Layout]]) -> N
     for name, (module, layout) in parts.items():
         if layout.double_backward and (parallel.cuts_weights or parallel.static_graph):
             what = f"the loss of part '{name}' differentiates through gradients: weights must be whole, the graph free"
-            raise JobError(Problem(what, "parallel", "strategy: ddp without static_graph and tensor would do"))
+            raise JobError(
+                Problem(what, "parallel", "strategy: ddp without static_graph, tensor and pipeline would do")
+            )
         submodules = {found for found, _ in module.named_modules()}
         for unit in layout.units:
             if unit not in submodules:
@@ -110,10 +167,12 @@ def _check_layouts(job: Job, parts: Mapping[str, tuple[nn.Module, Layout]]) -> N
                 raise JobError(Problem(what, "recipe", did_you_mean(unit, submodules - {""})))
         if parallel.tensor > 1:
             check_cut(name, module, layout, parallel)
+    if parallel.pipeline > 1:
+        check_pipeline(job, recipe, {name: module for name, (module, _) in parts.items()})
 
 
 def _mesh(parallel: Parallel, world: int, device: torch.device) -> DeviceMesh | None:
-    """The ranks as (replica, shard, tensor), where weights are cut; None where every rank holds all of them.
+    """The ranks as (pipeline, replica, shard, tensor), where weights are cut; None where every rank holds all of them.
 
     Copies of a model that is cut over tensor groups are replicas with a single shard each: DistributedDataParallel does
     not take pieces.
@@ -122,12 +181,12 @@ def _mesh(parallel: Parallel, world: int, device: torch.device) -> DeviceMesh | 
         return None
     data = parallel.axes(world)["data"]
     replicas = parallel.replicas if parallel.strategy == "fsdp" else data
-    sizes = (replicas, data // replicas, parallel.tensor)
-    return init_device_mesh(device.type, sizes, mesh_dim_names=("replica", "shard", "tensor"))
+    sizes = (parallel.pipeline, replicas, data // replicas, parallel.tensor)
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("pipeline", "replica", "shard", "tensor"))
 
 
 def _spread(
-    job: Job, module: nn.Module, layout: Layout, data: int, mesh: DeviceMesh | None, device: torch.device
+    job: Job, module: nn.Module, units: Sequence[str], data: int, mesh: DeviceMesh | None, device: torch.device
 ) -> Spread:
     parallel = job.parallel
     if data == 1:
@@ -138,7 +197,7 @@ def _spread(
     return Fsdp(
         module,
         mesh["replica", "shard"] if cut_in_two else mesh["shard"],
-        units=layout.units,
+        units=units,
         reshard=parallel.reshard and parallel.strategy == "fsdp",
         every_microbatch=parallel.reduce == "microbatch",
         offload=parallel.offload == "cpu" and device.type == "cuda",

@@ -132,31 +132,38 @@ class TorchEngine(Engine):
     def load(self, fill: Fill) -> None:
         for part in self._parts.values():
             for optimizer in part.optimizers:
-                _materialize(optimizer)
+                materialize(optimizer)
         fill(self.state())
 
     def _shards(self) -> Iterator[tuple[str, Shard]]:
         for name, part in self._parts.items():
             module = part.spread.module
-            for fqn, tensor in module.state_dict(keep_vars=True).items():
-                yield f"model.{name}.{fqn}", shard_of(tensor.detach())
-            states = {piece: state for optimizer in part.optimizers for piece, state in optimizer.state.items()}
-            weights = {weight.whole: weight for weight in part.weights}
-            for fqn, parameter in module.named_parameters():
-                if (weight := weights.get(parameter)) is not None:
-                    for slot, value in sorted(states.get(weight.piece, {}).items()):
-                        if isinstance(value, Tensor):
-                            yield f"optimizer.{name}.{fqn}.{slot}", weight.like(value)
+            by_parameter = {weight.whole: weight for weight in part.weights}
+            weights = {n: by_parameter[p] for n, p in module.named_parameters() if p in by_parameter}
+            yield from part_shards(name, module, weights, part.optimizers)
         if self._ema is not None:
             for fqn, average in self._ema.tensors():
                 yield f"ema.{fqn}", shard_of(average)
+
+
+def part_shards(
+    name: str, module: nn.Module, weights: Mapping[str, Weight], optimizers: Sequence[torch.optim.Optimizer]
+) -> Iterator[tuple[str, Shard]]:
+    """What this rank holds of part ``name``: its tensors, and the optimizers' state of ``weights``, named as given."""
+    for fqn, tensor in module.state_dict(keep_vars=True).items():
+        yield f"model.{name}.{fqn}", shard_of(tensor.detach())
+    states = {piece: state for optimizer in optimizers for piece, state in optimizer.state.items()}
+    for fqn, weight in weights.items():
+        for slot, value in sorted(states.get(weight.piece, {}).items()):
+            if isinstance(value, Tensor):
+                yield f"optimizer.{name}.{fqn}.{slot}", weight.like(value)
 
 
 def _backward(loss: Tensor, scale: float) -> None:
     loss.backward(None if scale == 1 else torch.full_like(loss, scale))
 
 
-def _materialize(optimizer: torch.optim.Optimizer) -> None:
+def materialize(optimizer: torch.optim.Optimizer) -> None:
     """Create an optimizer's state tensors without changing a weight: one step with zero gradients and rate zero."""
     rates = [group["lr"] for group in optimizer.param_groups]
     decays = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]

@@ -48,6 +48,7 @@ class Trainer:
         world = ctx.world_size
         self._data_ranks = job.parallel.axes(world)["data"]
         self._place = job.parallel.place(ctx.rank, world)
+        self._counts = job.parallel.counts(ctx.rank, world)
         self._source = open_source(job.data)
         self._parts = split_source(self._source, job.data.split)
         train = job.train
@@ -56,7 +57,7 @@ class Trainer:
             seed=job.seed,
             global_batch=train.global_batch,
             microbatches=microbatches_per_step(
-                train.microbatches, global_batch=train.global_batch, data=self._data_ranks
+                train.microbatches, global_batch=train.global_batch, world=world, parallel=job.parallel
             ),
             epochs=train.epochs,
             steps=train.steps,
@@ -130,16 +131,12 @@ class Trainer:
         return Normalizer.from_state(box[0])
 
     def _say_setup(self, start: int) -> None:
-        shards = self._engine.state()
         if self._ctx.rank == 0:
-            # by where they lie: a weight that has two names counts once
-            model = {s.data.data_ptr() or name: s for name, s in shards.items() if name.startswith("model.")}
-            parameters = sum(math.prod(shard.shape) for shard in model.values())
             self._reporter.send(
                 "setup",
                 start=start,
                 total_steps=self._plan.total_steps,
-                parameters=parameters,
+                parameters=self._engine.parameters,
                 samples={name: len(indices) for name, indices in self._parts.items()},
                 device=str(self._device),
             )
@@ -224,7 +221,7 @@ class Trainer:
                 yield _to(batch, self._device), count
 
         with self._engine.evaluating():
-            found = evaluate(self._engine, seeded(), world=self._ctx.world_size, counts=self._place["tensor"] == 0)
+            found = evaluate(self._engine, seeded(), world=self._ctx.world_size, counts=self._counts)
         return {f"{part}/{name}": value for name, value in found.items()}
 
     def _draw(self, done: int) -> None:
