@@ -191,8 +191,9 @@ class TrainSpec(Spec):
     global_batch: int = Field(default=64, gt=0)
     """Samples per optimizer step, over all ranks."""
     microbatches: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
-    """Forward/backward passes that make one step, over all ranks. 'auto' is one per data-parallel rank. Randomness
-    (dropout, augmentation) is keyed by microbatch, so fix the number to have it independent of the world size."""
+    """Forward/backward passes that make one step, over all ranks. 'auto' is one per data-parallel rank, times
+    parallel.pipeline. Randomness (dropout, augmentation) is keyed by microbatch, so fix the number to have it
+    independent of the world size."""
     last_step: Literal["pad", "drop"] = "pad"
     """The last step has fewer samples when the total is no multiple of global_batch: 'pad' takes them (empty
     places weigh zero), 'drop' leaves them out. Every earlier step is full: batches run on across epochs."""

@@ -31,6 +31,7 @@ _FREE = (
     # how the model is spread, except for lossy compression
     *(f"parallel.{key}" for key in ("strategy", "tensor", "sequence", "replicas", "reshard", "reduce", "offload")),
     *(f"parallel.{key}" for key in ("bucket_mb", "static_graph", "deepspeed")),
+    *(f"parallel.{key}" for key in ("pipeline", "pipeline_schedule", "pipeline_chunks")),
 )
 
 

@@ -89,6 +89,9 @@ def _pipeline(
         device.type, tuple(parallel.axes(world).values()), mesh_dim_names=tuple(parallel.axes(world))
     )
     peers = Peers(*(ranks.get_group(axis) for axis in ("pipeline", "data", "tensor")))
+    dist.all_reduce(
+        torch.zeros((), device=device), group=peers.pipeline
+    )  # NCCL wants all to meet before two of them do
     runs = divide(module, layout.pipeline, parallel.stages)
     names = first_names(module)
     places = range(dist.get_rank(peers.pipeline), parallel.stages, parallel.pipeline)
@@ -96,30 +99,32 @@ def _pipeline(
     module.to(device).train()
     for submodule in module.modules():
         if hasattr(submodule, "process_group"):  # as torch's SyncBatchNorm has it
-            submodule.process_group = peers.data
+            setattr(submodule, "process_group", peers.data)  # noqa: B010  # a module's attributes are typed as tensors
     mesh = _mesh(parallel, world, device) if passes.ranks * parallel.tensor > 1 else None
     if mesh is not None and parallel.tensor > 1:
         cut(module, layout, mesh["tensor"], sequence=parallel.sequence)
     stages: list[Piped] = []
     for place in places:
-        stage = Stage(module, runs[place])
+        stage = Stage(module, runs[place], sends=place < parallel.stages - 1)
         units = stage.own(layout.units)
         if job.train.recompute:
             recompute(stage, units)
         if job.train.compile:
-            _compile(stage, units)
+            _compile(stage, units if mesh is not None else ())
         spread = _spread(job, stage, units, passes.ranks, mesh, device)
         stages.append(Piped(passes, name, spread, Spot(place, parallel.stages, peers.pipeline, device)))
     weights = {names[fqn]: Weight(p) for fqn, p in module.named_parameters() if p.requires_grad}
     spec, train = job.train.optimizer_of(name), job.train
-    optimizers = build_optimizers(module, spec, [weight.piece for weight in weights.values()])
+    pieces = [weight.piece for weight in weights.values()]
+    optimizers = build_optimizers(module, spec, pieces) if pieces else []
     holding = holders(names, runs, parallel.pipeline)
     held = Held(name, module, weights, optimizers, spec.every, holding)
     averaged = {f"{name}.{fqn}": weight.whole for fqn, weight in weights.items()}
     ema = Ema(averaged, train.ema) if train.ema is not None else None
     count = microbatches_per_step(train.microbatches, global_batch=train.global_batch, world=world, parallel=parallel)
     order = schedule(parallel, stages, count // passes.ranks)
-    return PipelineEngine(passes, held, stages, order, peers, clip_norm=train.clip_norm, ema=ema)
+    zero = torch.zeros((), device="cpu" if _offloads(parallel, device) else device)
+    return PipelineEngine(passes, held, stages, order, peers, zero=zero, clip_norm=train.clip_norm, ema=ema)
 
 
 def _zero(passes: Passes, modules: Mapping[str, nn.Module], job: Job, *, world: int, device: torch.device) -> Engine:
@@ -200,9 +205,13 @@ def _spread(
         units=units,
         reshard=parallel.reshard and parallel.strategy == "fsdp",
         every_microbatch=parallel.reduce == "microbatch",
-        offload=parallel.offload == "cpu" and device.type == "cuda",
+        offload=_offloads(parallel, device),
         bf16=job.train.precision == "bf16",
     )
+
+
+def _offloads(parallel: Parallel, device: torch.device) -> bool:
+    return parallel.offload == "cpu" and device.type == "cuda"
 
 
 def _compile(module: nn.Module, units: Sequence[str]) -> None:

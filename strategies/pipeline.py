@@ -106,7 +106,7 @@ class Piped(_PipelineStageBase):
             if note is not None and value is not None:
                 note.seed()
                 inputs, named = (value.requires_grad_(self._known(batch).has_gradient),), {}
-            outputs.append(self.spread.trained(*inputs, **named).contiguous())
+            outputs.append(self.spread.trained(*inputs, **named))
             return outputs[0]
 
         passes.reseed(batch.step, batch.index, 0)
@@ -172,7 +172,7 @@ class Piped(_PipelineStageBase):
                 self._start(self._operation(dist.irecv, value, self._before, _VALUE, self.stage_index)).wait()
                 note.seed()
                 inputs, named = (value,), {}
-            output = self.spread.helping(*inputs, **named).contiguous()
+            output = self.spread.helping(*inputs, **named)
             if not self.is_last:
                 while len(self._sent) > _AHEAD:
                     self._sent.pop(0).wait()

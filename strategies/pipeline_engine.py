@@ -14,7 +14,8 @@ from ..core.contracts import Batch, Engine, Fill, Shard, ShardedState, StepResul
 from .ema import Ema
 from .passes import Passes
 from .pipeline import Piped, Schedule
-from .shards import Weight, clip_grad_norm, shard_of
+from .relay import generator_states, set_generators
+from .shards import Among, Weight, clip_grad_norm, shard_of
 from .torch_engine import materialize, part_shards
 
 
@@ -52,6 +53,9 @@ class PipelineEngine(Engine):
     """Trains a recipe's one part in stages.
 
     A weight that belongs to several stages is held by each: gradients are added up, and all make the same update.
+
+    Args:
+        zero: a float32 scalar on the device of the optimizer's weights.
     """
 
     def __init__(
@@ -62,13 +66,14 @@ class PipelineEngine(Engine):
         schedule: Schedule,
         peers: Peers,
         *,
+        zero: Tensor,
         clip_norm: float | None,
         ema: Ema | None,
     ) -> None:
         self.parts = (held.name,)
         self._passes, self._held, self._stages, self._schedule, self._peers = passes, held, stages, schedule, peers
         self._groups = [(group, group["lr"]) for opt in held.optimizers for group in opt.param_groups]
-        self._clip_norm = clip_norm
+        self._clip_norm, self._zero = clip_norm, zero
         self._ema = ema
         self._rank = dist.get_rank(peers.pipeline)
         self._shared = {name: weight for name, weight in sorted(held.weights.items()) if len(held.holders[name]) > 1}
@@ -90,7 +95,7 @@ class PipelineEngine(Engine):
             self._add_up_shared()
             if self._clip_norm is not None:
                 norms[held.name] = clip_grad_norm(
-                    held.weights.values(), self._clip_norm, counted=self._counted, over=self._peers.pipeline
+                    held.weights.values(), self._clip_norm, among=Among(self._peers.pipeline, self._counted, self._zero)
                 )
             for optimizer in held.optimizers:
                 optimizer.step()
@@ -106,7 +111,7 @@ class PipelineEngine(Engine):
         for stage in self._stages:
             stage.end()
         loss = self._stages[-1].loss
-        return torch.zeros(()) if loss is None else loss
+        return self._zero if loss is None else loss
 
     def _add_up_shared(self) -> None:
         """Give each weight that several stages hold the sum of their gradients, added up in their order."""
@@ -149,10 +154,10 @@ class PipelineEngine(Engine):
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        state = torch.get_rng_state()
+        states = generator_states(self._stages[0].device)
         with torch.no_grad(), self._passes.precision():
             for stage in self._stages:
-                torch.set_rng_state(state)
+                set_generators(states, self._stages[0].device)
                 found = stage.evaluate(batch, lambda parts: self._passes.recipe.metrics(parts, batch))
         return found
 

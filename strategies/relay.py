@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,6 +33,22 @@ class Form:
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 
+def generator_states(device: torch.device) -> list[Tensor]:
+    """Of torch's default generators: the host's, and ``device``'s where that is a GPU. uint8, in host memory."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def set_generators(states: Sequence[Tensor], device: torch.device) -> None:
+    """Put the generators where they were when :func:`generator_states` gave ``states``."""
+    host, *others = states
+    torch.set_rng_state(host)
+    for state in others:
+        torch.cuda.set_rng_state(state, device)
+
+
 class Notes:
     """Small messages in host memory, each of the same length: a :class:`Form`, and the generators' states.
 
@@ -42,20 +58,14 @@ class Notes:
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
         self._device, self._group = device, group
-        self._states = [len(state) for state in self._get()]
-
-    def _get(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        if self._device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self._device))
-        return states
+        self._states = [len(state) for state in generator_states(device)]
 
     def send(self, form: Form, peer: int, tag: int) -> dist.Work:
         """Tell rank ``peer`` of the group of a tensor to come, and of the generators as they are now."""
         assert len(form.shape) <= _AXES, f"a value of {len(form.shape)} axes between stages"
         head = [_DTYPES.index(form.dtype), int(form.has_gradient), len(form.shape), *form.shape]
         head += [0] * (3 + _AXES - len(head))
-        note = torch.cat([torch.tensor(head).view(torch.uint8), *self._get()])
+        note = torch.cat([torch.tensor(head).view(torch.uint8), *generator_states(self._device)])
         return _started(dist.isend(note, group=self._group, group_dst=peer, tag=tag))
 
     def receive(self, peer: int, tag: int) -> Note:
@@ -84,10 +94,7 @@ class Note:
 
     def seed(self) -> None:
         """Put the generators where the sender's were."""
-        host, *others = self._wait()[8 * (3 + _AXES) :].split(self._states)
-        torch.set_rng_state(host.clone())
-        for state in others:
-            torch.cuda.set_rng_state(state.clone(), self._device)
+        set_generators([state.clone() for state in self._wait()[8 * (3 + _AXES) :].split(self._states)], self._device)
 
 
 class _Left(BaseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -66,32 +67,39 @@ class Weight:
         return Shard(place.shape, place.offset, state)
 
 
-def clip_grad_norm(
-    weights: Iterable[Weight],
-    max_norm: float,
-    *,
-    counted: Iterable[Weight] | None = None,
-    over: dist.ProcessGroup | None = None,
-) -> Tensor:
+@dataclass(frozen=True)
+class Among:
+    """Ranks that hold different weights of one model.
+
+    Attributes:
+        group: these ranks.
+        counted: those of a rank's weights that no other counts.
+        zero: a float32 scalar on the device of the weights; a rank may have none.
+    """
+
+    group: dist.ProcessGroup
+    counted: Sequence[Weight]
+    zero: Tensor
+
+
+def clip_grad_norm(weights: Iterable[Weight], max_norm: float, *, among: Among | None = None) -> Tensor:
     """Scale all collected gradients so that the whole model's L2 norm stays below ``max_norm``; the norm before.
 
-    As torch's ``clip_grad_norm_``, for any mixture of whole weights and weights that are cut over different ranks.
-    Collective where there are such. Where the ranks of the group ``over`` hold different weights, the norm is that of
-    all of them; ``counted`` are then those of ``weights`` that no other rank counts.
+    As torch's ``clip_grad_norm_``, for any mixture of whole weights and weights that are cut over different ranks, or
+    that are ``among`` those of other ranks. Collective where there are such.
     """
     weights = list(weights)
-    pieces = [weight.piece for weight in weights]
     alike: dict[tuple[dist.ProcessGroup, ...], list[nn.Parameter]] = {}
-    for weight in weights if counted is None else counted:
+    for weight in weights if among is None else among.counted:
         alike.setdefault(weight.groups(), []).append(weight.piece)
-    norms = [_norm(found, groups) for groups, found in alike.items()]
-    if over is not None:
-        square = sum((norm.square() for norm in norms), pieces[0].new_zeros(()) if pieces else torch.zeros(()))
-        dist.all_reduce(square, group=over)
+    norms = [_norm(pieces, groups) for groups, pieces in alike.items()]
+    if among is not None:
+        square = sum((norm.square() for norm in norms), among.zero.clone())
+        dist.all_reduce(square, group=among.group)
         total = square.sqrt()
     else:
         total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    nn.utils.clip_grads_with_norm_(pieces, max_norm, total)
+    nn.utils.clip_grads_with_norm_([weight.piece for weight in weights], max_norm, total)
     return total
 
 

@@ -17,19 +17,29 @@ _KEY = "parallel.pipeline"
 
 
 class Stage(nn.Module):
-    """Submodules of a part, run one after another: what the first is called with to what the last returns."""
+    """Submodules of a part, run one after another: what the first is called with to what the last returns.
 
-    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+    Args:
+        sends: whether that goes to another stage: it must be one tensor.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str], *, sends: bool) -> None:
         super().__init__()
         self.steps = nn.ModuleList(module.get_submodule(name) for name in names)
-        self._names = tuple(names)
+        self._names, self._sends = tuple(names), sends
 
-    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         first, *others = self.steps
         value = first(*inputs, **named)
         for step in others:
             value = step(value)
-        return value
+        if not self._sends:
+            return value
+        if not isinstance(value, Tensor):
+            what = f"'{self._names[-1]}' returned a {type(value).__name__}"
+            raise TypeError(f"from one stage of a pipeline to the next goes one tensor, but {what}")
+        # FSDP warns of a view, which could be written to through its base.
+        return value.clone() if value._is_view() else value.contiguous()
 
     def own(self, units: Sequence[str]) -> tuple[str, ...]:
         """Those of the part's ``units`` that lie in this stage, by their names in here."""
@@ -114,6 +124,7 @@ def check_pipeline(job: Job, recipe: Recipe, parts: Mapping[str, nn.Module]) -> 
         if problems:
             raise JobError(*problems)
         _check_number(len(_groups(module, layout.pipeline)), job.parallel)
+        _check_shared(module, layout, job.parallel)
 
 
 def _misfits(part: str, module: nn.Module, layout: Layout) -> Iterator[Problem]:
@@ -144,6 +155,17 @@ def _check_number(available: int, parallel: Parallel) -> None:
     chunks = available // parallel.pipeline
     hint = f"at most {chunks}" if chunks > 1 else "parallel.pipeline_schedule: 1f1b would do"
     raise JobError(Problem(what, "parallel.pipeline_chunks", hint))
+
+
+def _check_shared(module: nn.Module, layout: Layout, parallel: Parallel) -> None:
+    """A rank's stages are sharded one by one, so that none can lend a weight to another."""
+    runs, stages = divide(module, layout.pipeline, parallel.stages), dict[str, set[int]]()
+    for name, first in first_names(module).items():
+        found = stages.setdefault(first, set())
+        found |= {stage for stage, run in enumerate(runs) if any(_within(name, step) for step in run)}
+        if len({stage % parallel.pipeline for stage in found}) < len(found):
+            what = f"'{first}' and '{name}' are one weight in two stages of the same rank"
+            raise JobError(Problem(what, "parallel.pipeline_schedule", "1f1b would do"))
 
 
 def _groups(module: nn.Module, chain: Sequence[str]) -> list[list[str]]:
