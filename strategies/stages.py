@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.contracts import DrawsSamples, Layout, Recipe
@@ -39,7 +40,7 @@ class Stage(nn.Module):
             what = f"'{self._names[-1]}' returned a {type(value).__name__}"
             raise TypeError(f"from one stage of a pipeline to the next goes one tensor, but {what}")
         # FSDP warns of a view, which could be written to through its base.
-        return value.clone() if value._is_view() else value.contiguous()
+        return value.clone(memory_format=torch.contiguous_format) if value._is_view() else value.contiguous()
 
     def own(self, units: Sequence[str]) -> tuple[str, ...]:
         """Those of the part's ``units`` that lie in this stage, by their names in here."""

@@ -14,7 +14,7 @@ from dltrain.training.recipes import load_recipe
 
 
 def say_what_is_held(*overrides: str) -> int:
-    """Print ``{"held": elements, "whole": elements}`` of the weights and the optimizer's state."""
+    """Print ``{"held": elements, "whole": elements}`` of the weights and the optimizer's state; and "parameters"."""
     dist.init_process_group("gloo")
     job = load_job(None, overrides, {}, {}).job
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -31,7 +31,7 @@ def say_what_is_held(*overrides: str) -> int:
     def count(shards: ShardedState) -> None:
         held = sum(shard.data.numel() for shard in shards.values())
         whole = sum(math.prod(shard.shape) for shard in shards.values())
-        print(json.dumps({"held": held, "whole": whole}), flush=True)
+        print(json.dumps({"held": held, "whole": whole, "parameters": engine.parameters}), flush=True)
 
     engine.load(count)
     dist.barrier()

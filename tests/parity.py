@@ -61,6 +61,8 @@ class Cell:
 _FSDP, _TENSOR = "parallel.strategy=fsdp", "parallel.tensor=2"
 _SIMPLE = tuple(job for job in JOBS if job != "gan, wasserstein")  # which differentiates through gradients
 _CUT = ("cnn", "transformer", "encoder")  # have rules for tensor parallelism
+_CHAINS = (*_CUT, "mlp")  # name what runs one after another
+_PIPELINE, _LOOP = "parallel.pipeline=2", "parallel.pipeline_schedule=interleaved"
 CELLS = (
     Cell("one process", 1),
     Cell("ddp × 2", 2),
@@ -75,6 +77,21 @@ CELLS = (
     Cell("ddp × 2, tensor × 2", 4, (_TENSOR,), _CUT),
     Cell("fsdp × 2, tensor × 2", 4, (_FSDP, _TENSOR), _CUT),
     Cell("fsdp × 2, tensor × 2 with the sequence", 4, (_FSDP, _TENSOR, "parallel.sequence=true"), ("transformer",)),
+    Cell("pipeline × 2", 2, (_PIPELINE,), _CHAINS),
+    Cell("pipeline × 2, gpipe", 2, (_PIPELINE, "parallel.pipeline_schedule=gpipe"), ("cnn", "transformer")),
+    Cell("pipeline × 2, interleaved", 2, (_PIPELINE, _LOOP), _CUT),  # the MLP has three layers with weights
+    Cell("pipeline × 4", 4, ("parallel.pipeline=4",), _CUT),
+    Cell("ddp × 2, pipeline × 2", 4, (_PIPELINE,), _CHAINS),
+    Cell("fsdp × 2, pipeline × 2", 4, (_FSDP, _PIPELINE), _CHAINS),
+    Cell("fsdp × 2, pipeline × 2, interleaved", 4, (_FSDP, _PIPELINE, _LOOP), ("transformer",)),
+    Cell("tensor × 2, pipeline × 2", 4, (_TENSOR, _PIPELINE), _CUT),
+    Cell(
+        "tensor × 2 with the sequence, pipeline × 2",
+        *(4, (_TENSOR, "parallel.sequence=true", _PIPELINE), ("transformer",)),
+    ),
+    Cell(
+        "fsdp × 2, tensor × 2, pipeline × 2", 8, (_FSDP, _TENSOR, _PIPELINE, "train.microbatches=4"), ("transformer",)
+    ),
     *(
         Cell(f"zero{stage} × {ranks}", ranks, (f"parallel.strategy=zero{stage}",), _SIMPLE)
         for stage in (1, 2, 3)

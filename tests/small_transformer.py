@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 WORDS = 24
+CHAIN = ("embedding", "blocks.0", "blocks.1", "norm", "head")
 
 
 def corpus(length: int = 12) -> dict[str, np.ndarray]:
@@ -74,10 +75,17 @@ class Transformer(nn.Module):
 
 
 class Recipe(dltrain.Recipe):
-    """``unit`` and ``row`` are names to add to the layout."""
+    """``unit`` and ``row`` are names to add to the layout, ``chain`` is its pipeline."""
 
-    def __init__(self, *, tied: bool = False, unit: str = "blocks.1", row: str = "blocks.*.mlp.down") -> None:
-        self.tied, self.unit, self.row = tied, unit, row
+    def __init__(
+        self,
+        *,
+        tied: bool = False,
+        unit: str = "blocks.1",
+        row: str = "blocks.*.mlp.down",
+        chain: tuple[str, ...] = CHAIN,
+    ) -> None:
+        self.tied, self.unit, self.row, self.chain = tied, unit, row, tuple(chain)
 
     def parts(self) -> dict[str, nn.Module]:
         return {"net": Transformer(tied=self.tied)}
@@ -92,6 +100,7 @@ class Recipe(dltrain.Recipe):
             tensor=attention | mlp | rows | ends,
             sequence={"blocks.*.norm1": "norm", "blocks.*.norm2": "norm", "norm": "norm", "blocks.*.drop": "dropout"},
             tensor_sizes={"groups of heads": 2},
+            pipeline=self.chain,
         )
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:

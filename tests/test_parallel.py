@@ -13,20 +13,30 @@ from hypothesis import strategies as st
 from jobfiles import problem
 
 
-@given(data=st.integers(1, 8), tensor=st.integers(1, 8), replicas=st.integers(1, 8))
-def test_every_place_on_the_mesh_has_one_rank(data: int, tensor: int, replicas: int) -> None:
-    parallel = Parallel(strategy="fsdp", tensor=tensor, replicas=replicas)
-    world = data * replicas * tensor
-    assert parallel.axes(world) == {"data": data * replicas, "tensor": tensor}
+@given(pipeline=st.integers(1, 4), data=st.integers(1, 6), tensor=st.integers(1, 6), replicas=st.integers(1, 6))
+def test_every_place_on_the_mesh_has_one_rank(pipeline: int, data: int, tensor: int, replicas: int) -> None:
+    parallel = Parallel(strategy="fsdp", pipeline=pipeline, tensor=tensor, replicas=replicas)
+    copies = data * replicas
+    world = pipeline * copies * tensor
+    assert parallel.axes(world) == {"pipeline": pipeline, "data": copies, "tensor": tensor}
     places = [parallel.place(rank, world) for rank in range(world)]
-    assert [place["data"] * tensor + place["tensor"] for place in places] == list(range(world))
-    assert all(place["data"] < data * replicas and place["tensor"] < tensor for place in places)
+    found = [(place["pipeline"] * copies + place["data"]) * tensor + place["tensor"] for place in places]
+    assert found == list(range(world))
+    assert all(place["data"] < copies and place["tensor"] < tensor for place in places)
+    counting = [place for rank, place in enumerate(places) if parallel.counts(rank, world)]
+    assert counting == [{"pipeline": pipeline - 1, "data": d, "tensor": 0} for d in range(copies)]
 
 
 @pytest.mark.parametrize(
     ("parallel", "world", "expected"),
     [
         ({"tensor": 4}, 6, Problem("6 ranks cannot be dealt to groups of 4", "parallel.tensor", "3 would do")),
+        ({"pipeline": 4}, 6, Problem("6 ranks cannot be dealt to 4 stages", "parallel.pipeline", "3 would do")),
+        (
+            {"pipeline": 2, "tensor": 2},
+            6,
+            Problem("3 ranks cannot be dealt to groups of 2", "parallel.tensor", "1 would do"),
+        ),
         ({"tensor": 8}, 4, Problem("4 ranks cannot be dealt to groups of 8", "parallel.tensor", "4 would do")),
         (
             {"strategy": "fsdp", "tensor": 2, "replicas": 3},
@@ -50,6 +60,10 @@ def test_a_world_that_the_axes_do_not_divide(parallel: dict[str, object], world:
         ("{reduce: microbatch}", "'reduce' is for the strategy 'fsdp'"),
         ("{strategy: fsdp, bucket_mb: 4}", "'bucket_mb' is for the strategy 'ddp' without 'tensor'"),
         ("{tensor: 2, compress: bf16}", "'compress' is for the strategy 'ddp' without 'tensor'"),
+        ("{pipeline: 2, compress: bf16}", "'compress' is for the strategy 'ddp' without 'tensor' and 'pipeline'"),
+        ("{strategy: zero2, pipeline: 2}", "'pipeline' is for the strategies ddp and fsdp; fsdp shares out what ZeRO"),
+        ("{pipeline_schedule: gpipe}", "'pipeline_schedule' needs 'pipeline' above 1"),
+        ("{pipeline: 2, pipeline_chunks: 3}", "'pipeline_chunks' is for pipeline_schedule 'interleaved'"),
         ("{sequence: true}", "'sequence' needs 'tensor' above 1"),
         ("{compress: bf16, powersgd_rank: 2}", "'powersgd_rank' is for compress 'powersgd'"),
     ],
@@ -67,7 +81,12 @@ def test_update_rules_that_need_whole_matrices_are_refused_where_they_are_cut() 
         return [found.where for found in check_job(Job.model_validate({"parallel": parallel, "train": train}))]
 
     assert where({}) == []
-    assert where({"strategy": "fsdp"}) == where({"tensor": 2}) == ["train.optimizer.name", "train.parts.critic"]
+    assert (
+        where({"strategy": "fsdp"})
+        == where({"tensor": 2})
+        == where({"pipeline": 2})
+        == ["train.optimizer.name", "train.parts.critic"]
+    )
 
 
 def recipe_problem(**job: object) -> Problem:

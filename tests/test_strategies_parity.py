@@ -97,12 +97,14 @@ def check(run: RunFolder, reference: Trained) -> None:
         torch.testing.assert_close(value, reference.weights[name], rtol=1e-4, atol=1e-4)
 
 
-FSDP = "parallel.strategy=fsdp"
+FSDP, PIPELINE = "parallel.strategy=fsdp", "parallel.pipeline=2"
+INTERLEAVED = (PIPELINE, "parallel.pipeline_schedule=interleaved")
 FAST = [
     (2,),
     (2, FSDP),
     (2, FSDP, "parallel.reduce=microbatch", "parallel.reshard=false", "train.recompute=true"),
     (2, "parallel.tensor=2", "parallel.sequence=true"),
+    (2, *INTERLEAVED, "train.recompute=true"),
 ]
 SLOW = [
     (1,),
@@ -115,6 +117,12 @@ SLOW = [
     (4, FSDP, "parallel.tensor=2"),
     (4, FSDP, "parallel.tensor=2", "parallel.sequence=true"),
     (2, "parallel.tensor=2", "train.recompute=true"),
+    (2, PIPELINE),
+    (4, "parallel.pipeline=4"),
+    (4, PIPELINE),
+    (4, FSDP, PIPELINE, "parallel.reshard=false"),
+    (4, FSDP, *INTERLEAVED, "parallel.reduce=microbatch"),
+    (4, PIPELINE, "parallel.tensor=2", "parallel.sequence=true", "train.recompute=true"),
 ]
 CELLS = [
     pytest.param(cell[0], cell[1:], id=" ".join(map(str, cell)), marks=[pytest.mark.slow] * slow)
@@ -130,7 +138,7 @@ def test_every_strategy_computes_what_one_plain_process_does(
     check(train_ranks(tmp_path, ranks, *JOB, *WORDS, *strategy), plain(tied=False))
 
 
-@pytest.mark.parametrize("strategy", [FSDP, "parallel.tensor=2"])
+@pytest.mark.parametrize("strategy", [FSDP, "parallel.tensor=2", PIPELINE])
 def test_weights_that_are_used_twice_stay_one(tmp_path: Path, strategy: str) -> None:
     check(train_ranks(tmp_path, 2, *JOB, *WORDS, "model.tied=true", strategy), plain(tied=True))
 
@@ -165,11 +173,13 @@ def go_on(folder: Path, model: tuple[str, ...], segments: Sequence[tuple[int | s
     [
         (CNN, [(1,), (2, FSDP), (2, "parallel.tensor=2"), (1,)]),
         ((*WORDS, "model.tied=true"), [(2, FSDP), (2,), (2, "parallel.tensor=2"), (2, FSDP)]),
+        ((*WORDS, "model.tied=true"), [(2, PIPELINE), (2, FSDP), (2, *INTERLEAVED), (1,)]),
         pytest.param(
             WORDS,
             [
                 *((4, FSDP), (2, "parallel.tensor=2"), (4, FSDP, "parallel.tensor=2"), (2, FSDP)),
-                *((4, FSDP, "parallel.replicas=2"), (4, "parallel.tensor=2"), (4, FSDP), (1,)),
+                *((4, FSDP, "parallel.replicas=2"), (4, "parallel.tensor=2"), (4, FSDP, PIPELINE), (1,)),
+                *((4, PIPELINE, "parallel.tensor=2"), (4, PIPELINE), (4, "parallel.pipeline=4"), (2, FSDP)),
             ],
             marks=pytest.mark.slow,
         ),
