@@ -39,8 +39,8 @@ class CnnConfig(Spec):
     batch_norm: BatchNormKind = "microbatch"
     """Whose statistics norm 'batch' takes in training. 'microbatch': of each microbatch alone, so the losses depend on
     train.microbatches, not on the number of ranks. 'synchronised': of the microbatches that all ranks compute at the
-    same time; with train.microbatches 'auto' that is the whole global batch, on any number of ranks. Evaluation uses
-    rank 0's running averages of them."""
+    same time; with train.microbatches 'auto', and no pipeline, that is the whole global batch, on any number of ranks.
+    Evaluation uses the running averages of rank 0, or of the first rank of the stage."""
     hidden: int = Field(128, gt=0)
     """Width of the fully connected layer."""
     dropout: float = Field(0.1, ge=0, lt=1)
