@@ -36,7 +36,7 @@ def check_job(
     per_node = job.resources.nproc_per_node
     if world is None and isinstance(per_node, int):
         world = job.resources.nodes * per_node
-    problems = [*_evaluation(job), *_watching(job), *_optimizers(job), *check_zero(job, world)]
+    problems = [*_evaluation(job), *_watching(job), *_optimizers(job), *_overflows(job), *check_zero(job, world)]
     if world is not None:
         problems += _batch(job, world)
     return [*check_references(job, place, recipes=recipes), *_placed(problems, place)]
@@ -160,6 +160,13 @@ def _optimizers(job: Job) -> Iterator[Problem]:
         if name in ("adafactor", "muon"):
             what = f"'{name}' needs whole matrices, and all of them, which this strategy shares out to the ranks"
             yield Problem(what, where, "adamw would do, or parallel.strategy: ddp without tensor and pipeline")
+
+
+def _overflows(job: Job) -> Iterator[Problem]:
+    """What an infinite gradient would spoil for good."""
+    if job.train.precision == "fp16" and job.parallel.compress == "powersgd":
+        what = "PowerSGD would remember the infinite gradients of a step that float16 has to skip"
+        yield Problem(what, "parallel.compress", "bf16 would do, or train.precision: bf16")
 
 
 def _extras(job: Job) -> Iterator[Problem]:

@@ -206,12 +206,27 @@ class Run:
 
 
 #: State of an engine by fully qualified name: ``model.<part>.<fqn>`` for weights and buffers,
-#: ``optimizer.<part>.<fqn>.<slot>`` for the optimizer's, ``ema.<part>.<fqn>`` for averaged weights. The same names
-#: under every strategy.
+#: ``optimizer.<part>.<fqn>.<slot>`` for the optimizer's, ``ema.<part>.<fqn>`` for averaged weights, ``scaling.<part>.``
+#: for the loss scale's figures. The same names under every strategy.
 ShardedState = Mapping[str, Shard | Run]
 
 #: Fills each shard's tensor, in place, with the same slice of a saved tensor of the same name.
 Fill = Callable[[ShardedState], None]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What loss scaling did in one part's step; the same on every rank.
+
+    Attributes:
+        factor: what the loss was multiplied by.
+        skipped: steps of the part that were skipped so far, over the whole run.
+        overflowed: whether this one was.
+    """
+
+    factor: float
+    skipped: int
+    overflowed: bool
 
 
 @dataclass(frozen=True)
@@ -221,11 +236,13 @@ class StepResult:
     Attributes:
         loss: by part, this rank's share of the step's mean loss (float32 scalar tensor); the ranks' shares add up.
             Only the parts that this step trained.
-        grad_norm: by part, the global L2 norm before clipping; only where clipping is on.
+        grad_norm: by part, the global L2 norm before clipping; only where clipping is on and the step was not skipped.
+        scaling: by part; only where losses are scaled.
     """
 
     loss: Mapping[str, Tensor]
     grad_norm: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+    scaling: Mapping[str, Scaling] = field(default_factory=dict[str, "Scaling"])
 
 
 class Engine(ABC):

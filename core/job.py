@@ -205,9 +205,10 @@ class TrainSpec(Spec):
     """The learning-rate schedule."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Scale gradients so that their global L2 norm stays below this."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """'bf16' computes matrix products and convolutions in bfloat16 (torch's autocast); weights, gradients and the
-    optimizer stay in float32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """'bf16' computes matrix products and convolutions in bfloat16, 'fp16' in float16 (torch's autocast); weights,
+    gradients and the optimizer stay in float32. With 'fp16' the loss is scaled up so that small gradients do not
+    vanish, and a step whose gradients overflow changes nothing."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Keep an exponential moving average of the weights with this decay; it is what is evaluated and exported."""
     recompute: bool = False

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: One rank's JSON-able record of the steps since its last one. Keys: ``step`` (completed optimizer steps), ``loss``
-#: and ``norm`` (by part, of those trained in that step; the ranks' loss shares add up), ``alone`` (whether the recipe
-#: has one part only), ``samples``, ``steps``, ``seconds`` and ``wait`` (step time, and the part of it spent waiting
-#: for data), ``at`` (Unix time), ``lr``, ``epoch``, ``metrics`` (already reduced).
+#: and ``norm`` (by part, of those trained in that step; the ranks' loss shares add up), ``loss_scale`` and
+#: ``skipped_steps`` (by part, where losses are scaled), ``alone`` (whether the recipe has one part only), ``samples``,
+#: ``steps``, ``seconds`` and ``wait`` (step time, and the part of it spent waiting for data), ``at`` (Unix time),
+#: ``lr``, ``epoch``, ``metrics`` (already reduced).
 Row = dict[str, Any]
 
 
@@ -43,6 +44,9 @@ def reduce_rows(rows: list[Row]) -> RunRow:
         metrics[_name(first, part, "loss")] = sum(row["loss"][part] for row in rows)
     for part, norm in first["norm"].items():
         metrics[_name(first, part, "grad_norm")] = norm
+    for figure in ("loss_scale", "skipped_steps"):
+        for part, value in first[figure].items():
+            metrics[_name(first, part, figure)] = value
     metrics["train/lr"] = first["lr"]
     metrics["train/epoch"] = first["epoch"]
     metrics["train/samples_per_second"] = first["samples"] / slowest if slowest > 0 else 0.0

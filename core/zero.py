@@ -138,7 +138,7 @@ def _determined(job: Job, world: int | None) -> dict[str, tuple[Any, str]]:
     """What the job says of DeepSpeed's configuration: by key the value, and the job's key that it comes from."""
     train = job.train
     stage = job.parallel.zero_stage
-    autocast, precision = train.precision == "bf16", f"train.precision '{train.precision}'"
+    autocast, precision = train.precision != "fp32", f"train.precision '{train.precision}'"
     found: dict[str, tuple[Any, str]] = {
         "train_batch_size": (train.global_batch, "train.global_batch"),
         "gradient_clipping": (train.clip_norm or 0.0, "train.clip_norm"),
@@ -149,7 +149,7 @@ def _determined(job: Job, world: int | None) -> dict[str, tuple[Any, str]]:
         "fp16.enabled": (False, precision),
         "bf16.enabled": (False, precision),  # it would keep the weights themselves in bfloat16
         "torch_autocast.enabled": (autocast, precision),
-        "torch_autocast.dtype": ("bfloat16", precision),
+        "torch_autocast.dtype": ("float16" if train.precision == "fp16" else "bfloat16", precision),
         "torch_autocast.lower_precision_safe_modules": ([], precision),  # gradients are reduced in float32
     }
     if stage == 3:
@@ -179,6 +179,9 @@ def _contradictions(native: dict[str, Any], job: Job, world: int | None) -> Iter
     pairs += list(_optimizer(native.get("optimizer"), job.train.optimizer))
     if native.get("scheduler"):
         pairs.append(("scheduler.type", _look_up(native, "scheduler.type"), job.train.schedule.name, "train.schedule"))
+    if job.train.precision == "fp16" and _look_up(native, "zero_optimization.compute_grad_norm") is False:
+        what = f"{job.parallel.deepspeed}: zero_optimization.compute_grad_norm finds the steps that float16 has to skip"
+        yield Problem(what, _FILE, _HANDS_OFF)
     for key, theirs, ours, where in pairs:
         if theirs != ours:
             what = f"{job.parallel.deepspeed}: {key} is {json.dumps(theirs)}, the job's {where} says {json.dumps(ours)}"

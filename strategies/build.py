@@ -28,6 +28,8 @@ from .stages import Stage, check_pipeline, divide, first_names, holders, keep
 from .tensor import check_cut, cut
 from .torch_engine import TorchEngine, Trained
 
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def build_engine(
     job: Job, recipe: Recipe, *, rank: int, world: int, device: torch.device, reseed: Reseed, mark: Mark
@@ -42,6 +44,8 @@ def build_engine(
     parallel = job.parallel
     modules = recipe.parts()
     check_parts(job, recipe, modules)
+    if job.train.precision == "fp16":
+        _check_float16(modules, device)
     passes = Passes(
         recipe,
         parallel.axes(world)["data"],
@@ -77,7 +81,21 @@ def _torch(passes: Passes, modules: Mapping[str, nn.Module], job: Job, *, world:
         optimizers = build_optimizers(module, spec, [weight.piece for weight in weights])
         parts[name] = Trained(spread, weights, optimizers, spec.every)
     ema = Ema(trainable(modules), job.train.ema) if job.train.ema is not None else None
-    return TorchEngine(passes, parts, world=world, clip_norm=job.train.clip_norm, ema=ema)
+    return TorchEngine(
+        passes, parts, world=world, clip_norm=job.train.clip_norm, ema=ema, scaled=job.train.precision == "fp16"
+    )
+
+
+def _check_float16(modules: Mapping[str, nn.Module], device: torch.device) -> None:
+    """Refuse an LSTM where torch has none in float16, as on most processors."""
+    if not any(isinstance(layer, nn.LSTM) for module in modules.values() for layer in module.modules()):
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), torch.autocast(device.type, torch.float16):
+            nn.LSTM(1, 1, device=device)(torch.zeros(1, 1, 1, device=device))
+    except RuntimeError as error:
+        what = f"torch has no LSTM in float16 for this {device.type}: {error}"
+        raise JobError(Problem(what, "train.precision", "bf16 would do, or model.cell: gru")) from error
 
 
 def _pipeline(
@@ -206,7 +224,7 @@ def _spread(
         reshard=parallel.reshard and parallel.strategy == "fsdp",
         every_microbatch=parallel.reduce == "microbatch",
         offload=_offloads(parallel, device),
-        bf16=job.train.precision == "bf16",
+        half=_HALF.get(job.train.precision),
     )
 
 
@@ -221,6 +239,7 @@ def _compile(module: nn.Module, units: Sequence[str]) -> None:
 
 
 def _precision(job: Job, device: torch.device) -> Precision:
-    if job.train.precision == "fp32":
+    half = _HALF.get(job.train.precision)
+    if half is None:
         return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
+    return lambda: torch.autocast(device.type, half)

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.contracts import Batch, Engine, Fill, Run, Shard, ShardedState, StepResult
+from ..core.contracts import Batch, Engine, Fill, Run, Scaling, Shard, ShardedState, StepResult
 from ..core.job import Job
 from ..core.zero import settings
 from .deepspeed_state import ZeroState
 from .ema import Ema
 from .optimizers import build_optimizers
 from .passes import Passes, others_frozen
+from .scaling import LossScale
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class _Part:
     state: ZeroState
     every: int
     peaks: tuple[float, ...]
+    scale: LossScale | None
 
     @property
     def module(self) -> nn.Module:
@@ -68,7 +70,8 @@ class ZeroEngine(Engine):
             peaks = tuple(group["lr"] for group in optimizer.param_groups)
             engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings(job, world))
             state = ZeroState(engine, stage=job.parallel.zero_stage)
-            self._parts[name] = _Part(engine, state, spec.every, peaks)
+            scale = LossScale(name) if job.train.precision == "fp16" else None
+            self._parts[name] = _Part(engine, state, spec.every, peaks, scale)
         self._ema = (
             Ema({name: piece.data for name, piece in self._trainable()}, job.train.ema) if job.train.ema else None
         )
@@ -77,19 +80,24 @@ class ZeroEngine(Engine):
         step = microbatches[0].step
         losses: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
+        scaling: dict[str, Scaling] = {}
         for name, part in self._parts.items():
             if step % part.every:
                 continue
             part.set_rate(rate)
+            if part.scale is not None:
+                part.state.scale_losses(part.scale.factor)
             with others_frozen(self._modules(), name):
                 losses[name] = self._accumulate(name, microbatches)
             self._passes.mark("optimizer")
             part.engine.step()
-            if self._clips:
+            if part.scale is not None:
+                scaling[name] = part.scale.settle(part.state.overflowed)
+            if self._clips and not (part.scale is not None and scaling[name].overflowed):
                 norms[name] = torch.as_tensor(part.engine.get_global_grad_norm(), dtype=torch.float32)
         if self._ema is not None:
-            self._ema.update(step)
-        return StepResult(losses, norms)
+            self._ema.update(step, skipped=[name for name, found in scaling.items() if found.overflowed])
+        return StepResult(losses, norms, scaling)
 
     def _accumulate(self, name: str, microbatches: Sequence[Batch]) -> Tensor:
         """Forward and backward over all microbatches; this rank's share of the step's mean loss."""
@@ -98,7 +106,7 @@ class ZeroEngine(Engine):
         modules = self._modules() | {name: engine}
 
         def backward(loss: Tensor, scale: float) -> None:
-            engine.backward(loss * scale, scale_wrt_gas=False)
+            engine.backward(loss.float() * scale, scale_wrt_gas=False)
 
         total: Tensor | None = None
         for batch in microbatches:
@@ -169,6 +177,8 @@ class ZeroEngine(Engine):
                 yield f"model.{name}.{fqn}", piece
             for fqn, piece in part.state.slots():
                 yield f"optimizer.{name}.{fqn}", piece
+            if part.scale is not None:
+                yield from part.scale.state()
         if self._ema is not None:
             weights = dict(self._trainable())
             for fqn, average in self._ema.tensors():

@@ -68,6 +68,19 @@ class ZeroState:
                 elif isinstance(value, Tensor):
                     yield f"{name}.{slot}", Shard((), (), value)
 
+    def scale_losses(self, factor: float) -> None:
+        """Have the next step multiply losses and divide gradients by ``factor``, and be skipped where they overflow.
+
+        In the place of DeepSpeed's scaling under autocast, by which each rank decides alone, for each of its buffers.
+        """
+        self._zero.torch_autocast_gradscaler = None
+        self._zero.override_loss_scale(factor)
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether gradients of the last step were not finite, on any rank, so that it changed nothing."""
+        return bool(self._zero.overflow)
+
     def make_slots(self) -> None:
         """Create the optimizer's state as its first step would."""
         for flat in {id(place.flat): place.flat for place in self._places.values()}.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,13 @@ class Ema:
         self._decay = decay
         self._pairs = {name: (weight, weight.detach().clone()) for name, weight in weights.items()}
 
-    def update(self, step: int) -> None:
-        """Take in the weights after optimizer step ``step``."""
+    def update(self, step: int, *, skipped: Collection[str] = ()) -> None:
+        """Take in the weights after optimizer step ``step``, but those of the parts whose step was ``skipped``."""
         decay = min(self._decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            for parameter, average in self._pairs.values():
-                local(average).lerp_(local(parameter), 1 - decay)
+            for name, (parameter, average) in self._pairs.items():
+                if name.partition(".")[0] not in skipped:
+                    local(average).lerp_(local(parameter), 1 - decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Generator[None]:

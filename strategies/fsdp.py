@@ -16,14 +16,15 @@ from .spread import Spread
 class Fsdp(Spread):
     """Shards of a module on a mesh of data-parallel ranks: one axis, or (replicas, shards).
 
-    Gradients are averaged over all axes of the mesh. With ``bf16`` weights are gathered in bfloat16, which is what
-    autocast would make of them, and reduced in float32; shards, and what the optimizer keeps, are float32.
+    Gradients are averaged over all axes of the mesh. Weights are gathered as ``half``, which is what autocast would
+    make of them, and reduced in float32; shards, and what the optimizer keeps, are float32.
 
     Args:
         units: names of the submodules that are gathered as one; what is in none of them is gathered with the root.
         reshard: whether gathered weights are freed after forward.
         every_microbatch: whether gradients are reduced in every microbatch's backward.
         offload: whether shards lie in host memory.
+        half: the 16-bit type to gather in; None gathers what the shards are.
     """
 
     def __init__(
@@ -35,11 +36,11 @@ class Fsdp(Spread):
         reshard: bool = True,
         every_microbatch: bool = False,
         offload: bool = False,
-        bf16: bool = False,
+        half: torch.dtype | None = None,
     ) -> None:
         precision = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bf16 else None,
-            reduce_dtype=torch.float32 if bf16 else None,
+            param_dtype=half,
+            reduce_dtype=None if half is None else torch.float32,
             cast_forward_inputs=False,
         )
         parked: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()

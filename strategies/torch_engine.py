@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.contracts import Batch, Engine, Fill, Shard, ShardedState, StepResult
+from ..core.contracts import Batch, Engine, Fill, Scaling, Shard, ShardedState, StepResult
 from .ema import Ema
 from .passes import Passes, others_frozen
+from .scaling import LossScale
 from .shards import Weight, clip_grad_norm, shard_of
 from .spread import Spread
 
@@ -39,10 +40,18 @@ class TorchEngine(Engine):
 
     Args:
         world: number of ranks.
+        scaled: whether losses are scaled, as float16 needs.
     """
 
     def __init__(
-        self, passes: Passes, parts: Mapping[str, Trained], *, world: int, clip_norm: float | None, ema: Ema | None
+        self,
+        passes: Passes,
+        parts: Mapping[str, Trained],
+        *,
+        world: int,
+        clip_norm: float | None,
+        ema: Ema | None,
+        scaled: bool = False,
     ) -> None:
         self.parts = tuple(parts)
         self._passes = passes
@@ -53,6 +62,7 @@ class TorchEngine(Engine):
         self._world = world
         self._clip_norm = clip_norm
         self._ema = ema
+        self._scales = {name: LossScale(name) for name in parts} if scaled else {}
 
     def step(self, microbatches: Sequence[Batch], rate: float) -> StepResult:
         step = microbatches[0].step
@@ -60,6 +70,7 @@ class TorchEngine(Engine):
             group["lr"] = peak * rate
         losses: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
+        scaling: dict[str, Scaling] = {}
         for name, part in self._parts.items():
             if step % part.every:
                 continue
@@ -70,22 +81,32 @@ class TorchEngine(Engine):
             self._passes.mark("optimizer")
             for weight in part.weights:
                 weight.collect()
+            if (scale := self._scales.get(name)) is not None:
+                scaling[name] = scale.unscale([weight.piece for weight in part.weights], world=self._world)
+                if scaling[name].overflowed:
+                    continue
             if self._clip_norm is not None:
                 norms[name] = clip_grad_norm(part.weights, self._clip_norm)
             for optimizer in part.optimizers:
                 optimizer.step()
         if self._ema is not None:
-            self._ema.update(step)
-        return StepResult(losses, norms)
+            self._ema.update(step, skipped=[name for name, found in scaling.items() if found.overflowed])
+        return StepResult(losses, norms, scaling)
 
     def _accumulate(self, name: str, microbatches: Sequence[Batch]) -> Tensor:
         """Forward and backward over all microbatches; this rank's share of the step's mean loss."""
         spread = self._parts[name].spread
         modules = self._helping() | {name: spread.trained}
+        factor = self._scales[name].factor if name in self._scales else 1.0
+
+        def backward(loss: Tensor, weight: float) -> None:
+            loss = loss.float()  # a float16 may not hold the factor
+            loss.backward(None if weight * factor == 1 else torch.full_like(loss, weight * factor))
+
         total: Tensor | None = None
         for batch in microbatches:
             with spread.reducing(batch is microbatches[-1]):
-                share = self._passes.run(name, self.parts.index(name), modules, batch, _backward)
+                share = self._passes.run(name, self.parts.index(name), modules, batch, backward)
             for part in self._parts.values():
                 part.spread.rest()
             total = share if total is None else total + share
@@ -144,6 +165,8 @@ class TorchEngine(Engine):
         if self._ema is not None:
             for fqn, average in self._ema.tensors():
                 yield f"ema.{fqn}", shard_of(average)
+        for scale in self._scales.values():
+            yield from scale.state()
 
 
 def part_shards(
@@ -157,10 +180,6 @@ def part_shards(
         for slot, value in sorted(states.get(weight.piece, {}).items()):
             if isinstance(value, Tensor):
                 yield f"optimizer.{name}.{fqn}.{slot}", weight.like(value)
-
-
-def _backward(loss: Tensor, scale: float) -> None:
-    loss.backward(None if scale == 1 else torch.full_like(loss, scale))
 
 
 def materialize(optimizer: torch.optim.Optimizer) -> None:

@@ -178,10 +178,22 @@ class Trainer:
         wait = time.monotonic() - begin
         share = rate(train.schedule, step=step, total_steps=self._plan.total_steps, falls=self._course.falls)
         result = self._engine.step(microbatches, share)
+        self._say_skipped(step + 1, result)
         meter.add(step, seconds=time.monotonic() - begin, wait=wait)
         if (step + 1) % train.log_every == 0 or self._evaluates(step + 1):
             row = meter.row(step + 1, result, share * train.optimizer.lr, alone=len(self._engine.parts) == 1)
             self._reporter.row(row)
+
+    def _say_skipped(self, done: int, result: StepResult) -> None:
+        """Tell of the first step that loss scaling skipped; the metrics count them all."""
+        for part, found in result.scaling.items():
+            if found.overflowed and found.skipped == 1 and self._ctx.rank == 0:
+                text = (
+                    f"step {done} changed no weight of '{part}': gradients overflowed float16 with the loss scaled by "
+                    f"{found.factor:g}. The scale is halved; train/skipped_steps counts such steps, of which a few are "
+                    "normal"
+                )
+                self._reporter.send("note", text=text)
 
     def _after(self, done: int) -> None:
         """What comes between steps: evaluation and checkpoints at the steps the job names."""
@@ -274,6 +286,8 @@ class _Meter:
             "step": done,
             "loss": {part: float(loss) for part, loss in result.loss.items()},
             "norm": {part: float(norm) for part, norm in result.grad_norm.items()},
+            "loss_scale": {part: found.factor for part, found in result.scaling.items()},
+            "skipped_steps": {part: found.skipped for part, found in result.scaling.items()},
             "alone": alone,
             "samples": self._samples,
             "steps": self._steps,
