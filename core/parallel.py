@@ -108,6 +108,11 @@ class Parallel(BaseModel):
         return self.pipeline * (self.pipeline_chunks if self.pipeline_schedule == "interleaved" else 1)
 
     @property
+    def shards_weights(self) -> bool:
+        """Whether a data-parallel rank holds its share of every weight, which it gathers to compute."""
+        return self.strategy in ("fsdp", "zero3") and self.tensor == self.pipeline == 1
+
+    @property
     def zero_stage(self) -> int:
         """DeepSpeed's ZeRO stage; 0 for other strategies."""
         return {"zero1": 1, "zero2": 2, "zero3": 3}.get(self.strategy, 0)

@@ -15,6 +15,7 @@ from ..core.errors import JobError, Problem, did_you_mean
 from ..core.job import Job
 from ..core.parallel import Parallel, microbatches_per_step
 from .ddp import Ddp
+from .dealing import Dealer
 from .ema import Ema, trainable
 from .fsdp import Fsdp
 from .optimizers import build_optimizers
@@ -42,7 +43,11 @@ def build_engine(
         JobError: the job does not fit the recipe's parts.
     """
     parallel = job.parallel
-    modules = recipe.parts()
+    dealer = Dealer(rank=rank, world=world) if parallel.shards_weights and world > 1 else None
+    with dealer or contextlib.nullcontext():
+        modules = recipe.parts()
+    if dealer is not None:
+        dealer.move(device)
     check_parts(job, recipe, modules)
     if job.train.precision == "fp16":
         _check_float16(modules, device)
@@ -55,14 +60,24 @@ def build_engine(
         mark=mark,
     )
     parameters = sum(weight.numel() for module in modules.values() for weight in module.parameters())
-    engine = (_pipeline if parallel.pipeline > 1 else _zero if parallel.zero_stage else _torch)(
-        passes, modules, job, world=world, device=device
-    )
+    if parallel.pipeline > 1:
+        engine = _pipeline(passes, modules, job, world=world, device=device)
+    else:
+        make = _zero if parallel.zero_stage else _torch
+        engine = make(passes, modules, job, world=world, device=device, dealer=dealer)
     engine.parameters = parameters
     return engine
 
 
-def _torch(passes: Passes, modules: Mapping[str, nn.Module], job: Job, *, world: int, device: torch.device) -> Engine:
+def _torch(
+    passes: Passes,
+    modules: Mapping[str, nn.Module],
+    job: Job,
+    *,
+    world: int,
+    device: torch.device,
+    dealer: Dealer | None,
+) -> Engine:
     parallel = job.parallel
     mesh = _mesh(parallel, world, device)
     parts: dict[str, Trained] = {}
@@ -75,7 +90,7 @@ def _torch(passes: Passes, modules: Mapping[str, nn.Module], job: Job, *, world:
             recompute(module, layout.units)
         if job.train.compile:
             _compile(module, layout.units if mesh is not None else ())
-        spread = _spread(job, module, layout.units, passes.ranks, mesh, device)
+        spread = _spread(job, module, layout.units, passes.ranks, mesh, device, dealer)
         weights = [Weight(parameter) for parameter in module.parameters() if parameter.requires_grad]
         spec = job.train.optimizer_of(name)
         optimizers = build_optimizers(module, spec, [weight.piece for weight in weights])
@@ -145,14 +160,22 @@ def _pipeline(
     return PipelineEngine(passes, held, stages, order, peers, zero=zero, clip_norm=train.clip_norm, ema=ema)
 
 
-def _zero(passes: Passes, modules: Mapping[str, nn.Module], job: Job, *, world: int, device: torch.device) -> Engine:
+def _zero(
+    passes: Passes,
+    modules: Mapping[str, nn.Module],
+    job: Job,
+    *,
+    world: int,
+    device: torch.device,
+    dealer: Dealer | None,
+) -> Engine:
     from .deepspeed_engine import ZeroEngine  # DeepSpeed is an extra
 
     for name, module in modules.items():
         module.to(device).train()
         if job.train.recompute:
             recompute(module, passes.recipe.layout(name).units)
-    return ZeroEngine(passes, modules, job, world=world, device=device)
+    return ZeroEngine(passes, modules, job, world=world, device=device, dealer=dealer)
 
 
 def check_parts(job: Job, recipe: Recipe, modules: Mapping[str, nn.Module]) -> None:
@@ -209,7 +232,13 @@ def _mesh(parallel: Parallel, world: int, device: torch.device) -> DeviceMesh | 
 
 
 def _spread(
-    job: Job, module: nn.Module, units: Sequence[str], data: int, mesh: DeviceMesh | None, device: torch.device
+    job: Job,
+    module: nn.Module,
+    units: Sequence[str],
+    data: int,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    dealer: Dealer | None = None,
 ) -> Spread:
     parallel = job.parallel
     if data == 1:
@@ -225,6 +254,7 @@ def _spread(
         every_microbatch=parallel.reduce == "microbatch",
         offload=_offloads(parallel, device),
         half=_HALF.get(job.train.precision),
+        dealer=dealer,
     )
 
 

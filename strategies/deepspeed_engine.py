@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.contracts import Batch, Engine, Fill, Run, Scaling, Shard, ShardedState, StepResult
 from ..core.job import Job
 from ..core.zero import settings
+from .dealing import Dealer
 from .deepspeed_state import ZeroState
 from .ema import Ema
 from .optimizers import build_optimizers
@@ -52,9 +53,19 @@ class ZeroEngine(Engine):
     """
 
     def __init__(
-        self, passes: Passes, modules: Mapping[str, nn.Module], job: Job, *, world: int, device: torch.device
+        self,
+        passes: Passes,
+        modules: Mapping[str, nn.Module],
+        job: Job,
+        *,
+        world: int,
+        device: torch.device,
+        dealer: Dealer | None,
     ) -> None:
-        """Deal ``modules``, which hold the same weights on every rank, to the ``world`` ranks. Collective."""
+        """Deal ``modules``, which hold the same weights on every rank, to the ``world`` ranks. Collective.
+
+        ``dealer`` has dealt their weights already, if there is one, and gives them back as DeepSpeed asks for them.
+        """
         deepspeed = _deepspeed(device)
         if not dist.is_initialized():  # a world of one rank has no group yet, and DeepSpeed needs one
             backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -68,7 +79,11 @@ class ZeroEngine(Engine):
             spec = job.train.optimizer_of(name)
             (optimizer,) = build_optimizers(module, spec)
             peaks = tuple(group["lr"] for group in optimizer.param_groups)
-            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings(job, world))
+            config = settings(job, world)
+            if dealer is not None:
+                with dealer:
+                    deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=torch.float32)
+            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
             state = ZeroState(engine, stage=job.parallel.zero_stage)
             scale = LossScale(name) if job.train.precision == "fp16" else None
             self._parts[name] = _Part(engine, state, spec.every, peaks, scale)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from .dealing import Dealer
 from .spread import Spread
 
 
@@ -25,6 +26,7 @@ class Fsdp(Spread):
         every_microbatch: whether gradients are reduced in every microbatch's backward.
         offload: whether shards lie in host memory.
         half: the 16-bit type to gather in; None gathers what the shards are.
+        dealer: who gives weights that are dealt back whole, for one unit after the other to be sharded.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Fsdp(Spread):
         every_microbatch: bool = False,
         offload: bool = False,
         half: torch.dtype | None = None,
+        dealer: Dealer | None = None,
     ) -> None:
         precision = MixedPrecisionPolicy(
             param_dtype=half,
@@ -45,6 +48,8 @@ class Fsdp(Spread):
         )
         parked: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
         for part in (*(module.get_submodule(name) for name in _innermost_first(units)), module):
+            if dealer is not None:
+                dealer.make_whole(part.parameters())
             fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, offload_policy=parked)
         assert isinstance(module, FSDPModule)
         self.module = self.trained = self.helping = self._root = module
