@@ -156,8 +156,17 @@ def _pipeline(
     ema = Ema(averaged, train.ema) if train.ema is not None else None
     count = microbatches_per_step(train.microbatches, global_batch=train.global_batch, world=world, parallel=parallel)
     order = schedule(parallel, stages, count // passes.ranks)
-    zero = torch.zeros((), device="cpu" if _offloads(parallel, device) else device)
-    return PipelineEngine(passes, held, stages, order, peers, zero=zero, clip_norm=train.clip_norm, ema=ema)
+    return PipelineEngine(
+        passes,
+        held,
+        stages,
+        order,
+        peers,
+        zero=torch.zeros((), device="cpu" if _offloads(parallel, device) else device),
+        clip_norm=train.clip_norm,
+        ema=ema,
+        scaled=train.precision == "fp16",
+    )
 
 
 def _zero(

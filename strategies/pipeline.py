@@ -59,6 +59,7 @@ class Piped(_PipelineStageBase):
         self.loss: Tensor | None = None
         self._passes, self._part = passes, part
         self._batches: Sequence[Batch] = ()
+        self._factor = 1.0
         self._pipe, self._notes = spot.group, Notes(spot.device, spot.group)
         self._before = (spot.index - 1) % self.group_size
         self._after = (spot.index + 1) % self.group_size
@@ -71,9 +72,9 @@ class Piped(_PipelineStageBase):
         self._done = 0
         self.args_recv_info = {0: ()}
 
-    def begin(self, microbatches: Sequence[Batch]) -> None:
-        """Before the schedule goes through ``microbatches``."""
-        self._batches, self._done, self.loss = microbatches, 0, None
+    def begin(self, microbatches: Sequence[Batch], factor: float) -> None:
+        """Before the schedule goes through ``microbatches``, whose losses are multiplied by ``factor``."""
+        self._batches, self._factor, self._done, self.loss = microbatches, factor, 0, None
 
     def end(self) -> None:
         """When the schedule has gone through them: wait for what was sent."""
@@ -149,8 +150,9 @@ class Piped(_PipelineStageBase):
         self._done += 1
         with self.spread.reducing(self._done == len(self._batches)):
             if self.is_last:
-                output.backward(torch.full_like(output, batch.weight * passes.ranks))
-                share = output.detach().float() * (batch.weight if passes.counts else 0.0)
+                output = output.float()  # a float16 may not hold the factor
+                output.backward(torch.full_like(output, batch.weight * passes.ranks * self._factor))
+                share = output.detach() * (batch.weight if passes.counts else 0.0)
                 self.loss = share if self.loss is None else self.loss + share
             elif grad is not None:
                 output.backward(grad)

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..core.contracts import Batch, Engine, Fill, Shard, ShardedState, StepResult
+from ..core.contracts import Batch, Engine, Fill, Scaling, Shard, ShardedState, StepResult
 from .ema import Ema
 from .passes import Passes
 from .pipeline import Piped, Schedule
 from .relay import generator_states, set_generators
+from .scaling import LossScale
 from .shards import Among, Weight, clip_grad_norm, shard_of
 from .torch_engine import materialize, part_shards
 
@@ -56,6 +57,7 @@ class PipelineEngine(Engine):
 
     Args:
         zero: a float32 scalar on the device of the optimizer's weights.
+        scaled: whether losses are scaled, as float16 needs.
     """
 
     def __init__(
@@ -69,12 +71,14 @@ class PipelineEngine(Engine):
         zero: Tensor,
         clip_norm: float | None,
         ema: Ema | None,
+        scaled: bool = False,
     ) -> None:
         self.parts = (held.name,)
         self._passes, self._held, self._stages, self._schedule, self._peers = passes, held, stages, schedule, peers
         self._groups = [(group, group["lr"]) for opt in held.optimizers for group in opt.param_groups]
         self._clip_norm, self._zero = clip_norm, zero
         self._ema = ema
+        self._scale = LossScale(held.name) if scaled else None
         self._rank = dist.get_rank(peers.pipeline)
         self._shared = {name: weight for name, weight in sorted(held.weights.items()) if len(held.holders[name]) > 1}
         self._counted = [weight for name, weight in held.weights.items() if held.holders[name][0] == self._rank]
@@ -85,6 +89,7 @@ class PipelineEngine(Engine):
             group["lr"] = peak * rate
         losses: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
+        scaling: dict[str, Scaling] = {}
         if step % held.every == 0:
             for weight in held.weights.values():
                 weight.clear()
@@ -93,20 +98,30 @@ class PipelineEngine(Engine):
             for weight in held.weights.values():
                 weight.collect()
             self._add_up_shared()
-            if self._clip_norm is not None:
-                norms[held.name] = clip_grad_norm(
-                    held.weights.values(), self._clip_norm, among=Among(self._peers.pipeline, self._counted, self._zero)
-                )
-            for optimizer in held.optimizers:
-                optimizer.step()
+            if self._scale is not None:
+                pieces = [weight.piece for weight in held.weights.values()]
+                scaling[held.name] = self._scale.unscale(pieces, world=dist.get_world_size(), device=self._zero.device)
+            if not any(found.overflowed for found in scaling.values()):
+                norms = self._update()
         if self._ema is not None:
-            self._ema.update(step)
-        return StepResult(losses, norms)
+            self._ema.update(step, skipped=[name for name, found in scaling.items() if found.overflowed])
+        return StepResult(losses, norms, scaling)
+
+    def _update(self) -> dict[str, Tensor]:
+        """Clip, and have the optimizers make their step; the norm before, where there is clipping."""
+        norms: dict[str, Tensor] = {}
+        if self._clip_norm is not None:
+            among = Among(self._peers.pipeline, self._counted, self._zero)
+            norms[self._held.name] = clip_grad_norm(self._held.weights.values(), self._clip_norm, among=among)
+        for optimizer in self._held.optimizers:
+            optimizer.step()
+        return norms
 
     def _through(self, microbatches: Sequence[Batch]) -> Tensor:
         """Forward and backward of all microbatches; this rank's share of the step's mean loss: the last stage's."""
+        factor = 1.0 if self._scale is None else self._scale.factor
         for stage in self._stages:
-            stage.begin(microbatches)
+            stage.begin(microbatches, factor)
         self._schedule.step(target=torch.arange(len(microbatches)), return_outputs=False)
         for stage in self._stages:
             stage.end()
@@ -179,3 +194,5 @@ class PipelineEngine(Engine):
         if self._ema is not None:
             for fqn, average in self._ema.tensors():
                 yield f"ema.{fqn}", shard_of(average)
+        if self._scale is not None:
+            yield from self._scale.state()

@@ -34,14 +34,13 @@ class LossScale:
         """A power of two, so that multiplying and dividing by it rounds nothing."""
         return self._scale.item()
 
-    def unscale(self, weights: Sequence[nn.Parameter], *, world: int) -> Scaling:
-        """Divide the gradients of ``weights``, this rank's, and settle whether the step is to be skipped.
+    def unscale(self, weights: Sequence[nn.Parameter], *, world: int, device: torch.device) -> Scaling:
+        """Divide the gradients of ``weights``, this rank's on ``device``, and settle whether the step is to be skipped.
 
         Collective over ``world`` ranks. On a GPU the host waits here for the gradients.
         """
         factor = self.factor
         grads = [weight.grad for weight in weights if weight.grad is not None]
-        device = grads[0].device if grads else weights[0].device
         found = torch.zeros((), device=device)
         if grads:
             inverse = torch.full((), 1 / factor, device=device)

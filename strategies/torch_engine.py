@@ -82,7 +82,8 @@ class TorchEngine(Engine):
             for weight in part.weights:
                 weight.collect()
             if (scale := self._scales.get(name)) is not None:
-                scaling[name] = scale.unscale([weight.piece for weight in part.weights], world=self._world)
+                pieces = [weight.piece for weight in part.weights]
+                scaling[name] = scale.unscale(pieces, world=self._world, device=pieces[0].device)
                 if scaling[name].overflowed:
                     continue
             if self._clip_norm is not None:

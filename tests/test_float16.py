@@ -47,6 +47,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
         (2, ("train.optimizer.name=muon",)),
         (2, ("parallel.strategy=fsdp",)),
         (2, ("parallel.tensor=2",)),
+        (2, ("parallel.pipeline=2",)),
         (2, ("parallel.strategy=zero1",)),
         pytest.param((2, ("parallel.strategy=zero2", "parallel.offload=cpu")), marks=slow),
         (2, ("parallel.strategy=zero3",)),
@@ -74,7 +75,10 @@ def test_a_step_that_overflows_changes_nothing_on_any_rank_and_is_told(
     assert "step 3 changed no weight of 'cnn'" in told[0]
 
 
-@pytest.mark.parametrize("options", [("parallel.strategy=fsdp",), ("parallel.tensor=2",), ("parallel.strategy=zero3",)])
+@pytest.mark.parametrize(
+    "options",
+    [("parallel.strategy=fsdp",), ("parallel.tensor=2",), ("parallel.pipeline=2",), ("parallel.strategy=zero3",)],
+)
 def test_ranks_find_what_one_process_finds(tmp_path: Path, options: tuple[str, ...]) -> None:
     pytest.importorskip("deepspeed")
     job = (*HALF, "model.at=3", "train.steps=12", "train.clip_norm=0.5")
@@ -159,7 +163,7 @@ def test_the_scale_moves_as_that_of_torchs_grad_scaler() -> None:
         factor = theirs.scale(torch.ones(())).item()
         gradient = torch.tensor([1.0, float("inf") if step in overflows else 3.0]) * factor
         weight.grad = gradient.clone()
-        found = ours.unscale([weight], world=1)
+        found = ours.unscale([weight], world=1, device=weight.device)
         assert (found.factor, found.overflowed) == (factor, step in overflows)
         assert weight.grad.tolist() == (gradient / factor).tolist()
         weight.grad = gradient
