@@ -116,7 +116,7 @@ def test_a_run_begins_with_the_weights_of_one_process(tmp_path: Path, strategy: 
         pytest.importorskip("deepspeed")
     model = ("recipe=transformer", "model.task=classify", "model.inputs=8")
     split = ("data.split.train=1", "data.split.val=0", "data.split.test=0")
-    job = (*model, *split, "train.steps=1", "train.optimizer.lr=1e-30")
+    job = (*model, *split, "train.steps=1", "train.optimizer.lr=1e-60")
     states: list[dict[str, torch.Tensor]] = []
     for name, world in (("ddp", 1), (strategy, 2)):
         (tmp_path / name).mkdir()
@@ -128,12 +128,13 @@ def test_a_run_begins_with_the_weights_of_one_process(tmp_path: Path, strategy: 
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
 
 
-LAYERS, BROAD = 16, 1024  # 64 MiB
+LAYERS, BROAD = 64, 1024  # 256 MiB
 
 
 class Deep(dltrain.Recipe):
     def parts(self) -> dict[str, nn.Module]:
-        return {"deep": nn.Sequential(*(nn.Linear(BROAD, BROAD) for _ in range(LAYERS)))}
+        layers = (nn.Sequential(nn.Linear(BROAD, BROAD), nn.GELU()) for _ in range(LAYERS))
+        return {"deep": nn.Sequential(*layers)}
 
     def layout(self, part: str) -> dltrain.Layout:
         return dltrain.Layout(units=tuple(map(str, range(LAYERS))))
