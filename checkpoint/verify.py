@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..core.storage import Storage
+from ..core.tensorfile import Item, header
 from .manifest import CorruptCheckpoint, Manifest, PieceEntry, folder_name
 from .reader import open_manifest, runs
 
-_LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library takes them
+_OTHER_HEADER = "its safetensors header is not the one that was written"
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,20 @@ def verify_tensors(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
             files.setdefault(piece.file, []).append((fqn, piece))
     for file, pieces in sorted(files.items()):
         pieces.sort(key=lambda item: item[1].begin)
-        yield from _verify_file(storage, manifest.step, file, pieces)
+        yield from _verify_file(storage, manifest, file, pieces)
 
 
-def _verify_file(storage: Storage, step: int, file: str, pieces: list[_Piece]) -> Iterator[Damage]:
+def _verify_file(storage: Storage, manifest: Manifest, file: str, pieces: list[_Piece]) -> Iterator[Damage]:
+    step = manifest.step
     name = f"{folder_name(step)}/{file}"
     try:
         size = storage.size(name)
     except FileNotFoundError:
         yield Damage(step, file, "", 0, 0, f"the file is missing, which {_count({fqn for fqn, _ in pieces})}")
         return
-    header = _header_fault(storage, name, size, pieces)
-    if header:
-        yield Damage(step, file, "", 0, pieces[0][1].begin, header)
+    fault = _header_fault(storage, manifest, name, size, pieces)
+    if fault:
+        yield Damage(step, file, "", 0, 0, fault)
     there = [item for item in pieces if item[1].end <= size]
     for run in runs(there):
         begin = run[0][1].begin
@@ -96,27 +99,53 @@ def _verify_file(storage: Storage, step: int, file: str, pieces: list[_Piece]) -
         yield Damage(step, file, fqn, piece.begin, piece.end, f"the file is cut short: it has {size} bytes")
 
 
-def _header_fault(storage: Storage, name: str, size: int, pieces: Sequence[_Piece]) -> str:
+def _header_fault(storage: Storage, manifest: Manifest, name: str, size: int, pieces: Sequence[_Piece]) -> str:
     """What is wrong with a shard's safetensors header, which other programs read; empty where nothing is."""
     try:
-        length = int.from_bytes(storage.read_range(name, 0, 8), "little")
-        if 8 + length > min(size, _LARGEST_HEADER, pieces[0][1].begin):
-            return "this is no safetensors header"
-        table: dict[str, Any] = json.loads(bytes(storage.read_range(name, 8, 8 + length)))
-        table.pop("__metadata__", None)
-        places = sorted((*entry["data_offsets"], label) for label, entry in table.items())
-    except OSError:
-        return "the file ends within its header" if size < 8 else "this is no safetensors header"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "this is no safetensors header"
-    spans = iter(places)
-    end, label = 0, ""
-    for fqn, piece in pieces:
-        while piece.begin - 8 - length >= end and piece.end > piece.begin:
-            _, end, label = next(spans, (0, size, ""))
-        if piece.end > piece.begin and label != fqn and not label.startswith(f"{fqn}["):
-            return f"its header does not say that {fqn} is at [{piece.begin}, {piece.end})"
-    return ""
+        length = int.from_bytes(storage.read_range(name, 0, min(8, size)), "little")
+        if not size >= pieces[0][1].begin >= 8 + length:
+            return "the file has no whole safetensors header"
+        raw = bytes(storage.read_range(name, 0, 8 + length))
+        table: dict[str, Any] = json.loads(raw[8:])
+        metadata = table.pop("__metadata__")
+        spans = sorted((*entry["data_offsets"], label) for label, entry in table.items())
+        items = [Item(label, table[label]["dtype"], tuple(table[label]["shape"])) for _, _, label in spans]
+        if metadata["format"] != "pt" or header(items, metadata) != raw:
+            return _OTHER_HEADER
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return _OTHER_HEADER
+    expected = _items(manifest, pieces, [(len(raw) + begin, len(raw) + end) for begin, end, _ in spans])
+    if expected != sorted(items, key=lambda item: item.name):
+        return _OTHER_HEADER
+    end = len(raw) + max((end for _, end, _ in spans), default=0)
+    return f"the file is longer than the {end} bytes that it holds" if size > end else ""
+
+
+def _items(manifest: Manifest, pieces: Sequence[_Piece], spans: Sequence[tuple[int, int]]) -> list[Item]:
+    """The entries that a shard's header should have, by name: one for the pieces in each of its spans of bytes."""
+    items = [_item(manifest, [item]) for item in pieces if item[1].begin == item[1].end]
+    left = deque(item for item in pieces if item[1].begin < item[1].end)
+    for begin, end in spans:
+        held: list[_Piece] = []
+        while left and begin <= left[0][1].begin < end:
+            held.append(left.popleft())
+        if held:
+            items.append(_item(manifest, held))
+    return sorted(items, key=lambda item: item.name)
+
+
+def _item(manifest: Manifest, held: Sequence[_Piece]) -> Item:
+    """The entry of a box that was cut into the pieces ``held``."""
+    fqn = held[0][0]
+    entry = manifest.tensors[fqn]
+    edges = [zip(piece.offset, piece.shape, strict=True) for _, piece in held]
+    bounds = [
+        (min(begin for begin, _ in axis), max(begin + extent for begin, extent in axis))
+        for axis in zip(*edges, strict=True)
+    ]
+    shape = tuple(end - begin for begin, end in bounds)
+    box = ",".join(f"{begin}:{end}" for begin, end in bounds)
+    return Item(fqn if shape == entry.shape else f"{fqn}[{box}]", entry.dtype, shape)
 
 
 def _count(names: set[str]) -> str:

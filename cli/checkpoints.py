@@ -100,7 +100,9 @@ def verify_checkpoints(source: str, step: int | None, *, every: bool) -> int:
                 faults += 1
                 sys.stdout.write(f"{damage}\n")
         faulty += bool(faults)
-        things = f"{faults} thing{'s'[: faults != 1]} wrong" if faults else "whole: every byte is the one written"
+        things = (
+            f"{faults} thing{'s'[: faults != 1]} wrong" if faults else "whole: every byte of its shards is as written"
+        )
         sys.stdout.write(f"{folder_name(each)}: {things}\n")
     return 1 if faulty else 0
 

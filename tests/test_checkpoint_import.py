@@ -15,7 +15,9 @@ import ranks
 import torch
 from command import Done
 from command import dltrain as run
+from dltrain.core.config import load_job
 from dltrain.core.storage import Storage
+from dltrain.training.recipes import outline
 from ranks import run_ranks, train_ranks
 from safetensors.torch import save_file
 from torch import Tensor
@@ -189,6 +191,22 @@ def test_a_zero_checkpoint_that_deepspeed_saved(folder: Path, stage: int) -> Non
     shutil.move(next(Path("saved/global_step2").glob("*rank_1*optim_states.pt")), "elsewhere.pt")
     lost = adopt("saved", target="other")
     assert (lost.code, "1 of 2 ranks' optimizer states are here" in lost.err) == (2, True)
+
+
+def test_a_recipe_of_two_parts(folder: Path) -> None:
+    Path("gan.yaml").write_text("recipe: gan\n", encoding="utf-8")
+    model = outline(load_job(folder / "gan.yaml").job)
+    values = {name.removeprefix("model."): torch.rand(t.shape).to(t.dtype) for name, t in model.items()}
+    assert {name.partition(".")[0] for name in values} == {"generator", "discriminator"}
+    torch.save(values, "gan.pt")
+    assert adopt("gan.pt", job="gan.yaml").code == 0
+    assert_same(dltrain.load_checkpoint("out").weights(), values)
+
+
+def test_two_names_for_one_tensor_are_refused(folder: Path) -> None:
+    torch.save(state() | {"net.lin.bias": torch.zeros(5)}, "net.pt")
+    done = adopt("net.pt")
+    assert (done.code, "net.lin.bias and lin.bias are both model.net.lin.bias" in done.err) == (2, True), done.err
 
 
 def test_what_is_imported_is_what_a_run_itself_saves(folder: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command import dltrain
+from dltrain.checkpoint.verify import verify
 from dltrain.core.storage import Storage
 
 from .checkpoints import flip, grid, make_state, rows, save, shard_files, truncate, whole
@@ -145,14 +149,17 @@ def test_nothing_in_a_bucket_is_refused(bucket: str) -> None:
         (flip, "not the bytes that were written (sha256)"),
         (truncate, "the file is cut short"),
         (Path.unlink, "the file is missing, which holds pieces of 7 tensors"),
-        (lambda path: path.write_bytes(b""), "the file ends within its header"),
-        (lambda path: path.write_bytes(path.read_bytes().replace(b"model.net", b"model.nut")), "its header does not"),
+        (lambda path: path.write_bytes(b""), "the file has no whole safetensors header"),
+        (
+            lambda path: path.write_bytes(path.read_bytes().replace(b"model.net", b"model.nut")),
+            "its safetensors header is not the one that was written",
+        ),
     ],
 )
 def test_verify_names_what_is_wrong(local: Storage, harm: Callable[[Path], object], said: str) -> None:
     for step in (1, 2):
         save(local, step, rows(make_state(), 4))
-    assert checkpoint("verify", local) == (0, "step-00000002: whole: every byte is the one written\n", "")
+    assert checkpoint("verify", local) == (0, "step-00000002: whole: every byte of its shards is as written\n", "")
     victim = shard_files(local, 2)[1]
     harm(victim)
     code, out, _ = checkpoint("verify", local)
@@ -161,8 +168,27 @@ def test_verify_names_what_is_wrong(local: Storage, harm: Callable[[Path], objec
     assert said in out
     code, out, _ = checkpoint("verify", local, "--all")
     assert code == 1
-    assert out.endswith("step-00000001: whole: every byte is the one written\n")
+    assert out.endswith("step-00000001: whole: every byte of its shards is as written\n")
     assert checkpoint("verify", local, "--step", 1)[0] == 0
+
+
+def test_verify_finds_any_byte_of_a_shard_and_any_length(local: Storage) -> None:
+    state = {"model.m.w": torch.randn(7, 3), "model.m.none": torch.empty(0, 5), "model.m.step": torch.tensor(1)}
+    save(local, 1, rows(state, 2))
+    for path in shard_files(local, 1):
+        whole_file = path.read_bytes()
+        for place in range(len(whole_file)):
+            harmed = bytearray(whole_file)
+            harmed[place] ^= 4
+            path.write_bytes(harmed)
+            assert list(verify(local, 1)), f"byte {place}: {whole_file[place : place + 1]!r}"
+        for length in (*range(0, len(whole_file), 7), len(whole_file) - 1):
+            path.write_bytes(whole_file[:length])
+            assert list(verify(local, 1)), length
+        path.write_bytes(whole_file + b"x")
+        assert list(verify(local, 1))
+        path.write_bytes(whole_file)
+    assert not list(verify(local, 1))
 
 
 def test_verify_lists_everything_by_tensor_and_bytes(storage: Storage) -> None:
@@ -213,3 +239,23 @@ def test_a_newer_format_is_refused_by_its_number(storage: Storage) -> None:
         assert "checkpoint format 7, written by dltrain '9.9'; this version reads up to format 1" in err
         assert "install a newer dltrain" in err
     assert [item["state"] for item in shown("ls", storage)] == ["newer"]
+
+
+def test_looking_takes_no_torch(local: Storage, tmp_path: Path) -> None:
+    save(local, 1, rows(make_state(), 2))
+    program = """
+import sys
+from dltrain.cli.main import main
+for line in sys.argv[1:]:
+    sys.argv = ["dltrain", "checkpoint", *line.split()]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+heavy = {"torch", "ray", "wandb", "s3fs"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    lines = [f"{command} {local}" for command in ("ls", "show", "verify", "gc")]
+    lines += [f"diff {local} {local}", f"convert {local} {tmp_path}/out"]
+    done = subprocess.run([sys.executable, "-c", program, *lines], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
