@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..core.contracts import ShardedState
 
 _PIECE = 8 << 20  # bytes under one hash at most, so that a slice of a large tensor can be read and verified alone
+_INLINE = 64 << 10  # bytes that are hashed sooner than a thread can be told to
 
 
 class PieceKey(NamedTuple):
@@ -85,9 +87,28 @@ def assign(holdings: Sequence[Sequence[PieceKey]]) -> list[list[PieceKey]]:
     return [sorted(keys) for keys in chosen]
 
 
-def shard_name(rank: int, world: int) -> str:
-    """File name of a rank's shard."""
-    return f"shard-{rank:05d}-of-{world:05d}.safetensors"
+class Planned(NamedTuple):
+    """A piece that a shard file is to hold, and the shape of the tensor that it is a piece of."""
+
+    key: PieceKey
+    whole: tuple[int, ...]
+
+
+def plan_shard(shards: ShardedState, mine: Sequence[PieceKey]) -> list[Planned]:
+    """This rank's pieces in the order in which its shard file holds them.
+
+    Raises:
+        ValueError: ``mine`` names a piece that ``shards`` does not hold.
+    """
+    missing = set(mine) - set(held({key.fqn: shards[key.fqn] for key in mine if key.fqn in shards}))
+    if missing:
+        raise ValueError(f"this rank does not hold {min(missing)}")
+    return sorted((Planned(key, tuple(shards[key.fqn].shape)) for key in mine), key=lambda plan: order(_item(plan)))
+
+
+def shard_name(rank: int, world: int, save: str = "") -> str:
+    """File name of a rank's shard; ``save`` keeps it from any other save's of the same step."""
+    return f"shard-{rank:05d}-of-{world:05d}{save and f'-{save}'}.safetensors"
 
 
 def write_shard(
@@ -104,13 +125,22 @@ def write_shard(
     """
     if not mine:
         return []
-    _check_held(mine, shards)
-    keys = {Item(_label(key, shards[key.fqn].shape), key.dtype, key.shape): key for key in mine}
-    items = sorted(keys, key=order)
-    file, records = shard_name(rank, world), list[PieceRecord]()
+    plan = plan_shard(shards, mine)
     storage.remove(f"{folder_name(step)}/{MANIFEST}")
-    chunks = _stream(items, [keys[item] for item in items], shards, file, records)
-    storage.write(f"{folder_name(step)}/{file}", chunks)
+    return write_planned(storage, step, shard_name(rank, world), plan, _live(plan, shards))
+
+
+def write_planned(
+    storage: Storage, step: int, file: str, plan: Sequence[Planned], data: Iterable[memoryview]
+) -> list[PieceRecord]:
+    """Write a shard file; ``data`` has the bytes of each planned piece.
+
+    Raises:
+        OSError: the storage failed; there is no such file then, or the one that there was.
+    """
+    records = list[PieceRecord]()
+    with ThreadPoolExecutor(1, "dltrain-hash") as hasher:
+        storage.write(f"{folder_name(step)}/{file}", _stream(plan, data, file, records, hasher))
     return records
 
 
@@ -172,45 +202,53 @@ def commit(storage: Storage, manifest: Manifest) -> None:
     storage.write(f"{folder_name(manifest.step)}/{MANIFEST}", [manifest.model_dump_json().encode()])
 
 
-def _check_held(mine: Sequence[PieceKey], shards: ShardedState) -> None:
-    missing = set(mine) - set(held({key.fqn: shards[key.fqn] for key in mine if key.fqn in shards}))
-    if missing:
-        raise ValueError(f"this rank does not hold {min(missing)}")
-
-
-def _label(key: PieceKey, whole: Sequence[int]) -> str:
-    """The piece's name in its file: the tensor's, with the box where it is not the whole."""
-    if tuple(whole) == key.shape:
-        return key.fqn
+def _item(plan: Planned) -> Item:
+    """The piece as its file names it: by its tensor, with the box where it is not the whole."""
+    key = plan.key
+    if plan.whole == key.shape:
+        return Item(key.fqn, key.dtype, key.shape)
     box = ",".join(f"{begin}:{begin + extent}" for begin, extent in zip(key.offset, key.shape, strict=True))
-    return f"{key.fqn}[{box}]"
+    return Item(f"{key.fqn}[{box}]", key.dtype, key.shape)
+
+
+def _live(plan: Sequence[Planned], shards: ShardedState) -> Iterator[memoryview]:
+    from .tensors import to_bytes
+
+    for key, _ in plan:
+        boxes = shards[key.fqn].boxes()
+        yield to_bytes(next(box for box in boxes if tuple(box.offset) == key.offset).data)
 
 
 def _stream(
-    items: Sequence[Item],
-    keys: Sequence[PieceKey],
-    shards: ShardedState,
+    plan: Sequence[Planned],
+    data: Iterable[memoryview],
     file: str,
     records: list[PieceRecord],
+    hasher: ThreadPoolExecutor,
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of the file in order; appends a record for each piece as it goes out."""
-    from .tensors import to_bytes
-
-    start = header(items)
+    """The bytes of the file in order; appends a record for each piece as it goes out. It is hashed meanwhile."""
+    start = header([_item(planned) for planned in plan])
     yield start
     begin = len(start)
-    for key in keys:
-        shard = shards[key.fqn]
-        box = next(box for box in shard.boxes() if tuple(box.offset) == key.offset)
-        data, done = to_bytes(box.data), 0
+    for (key, whole), content in zip(plan, data, strict=True):
+        done = 0
         for offset, shape in _cut(key.offset, key.shape, ITEMSIZE[key.dtype]):
             size = nbytes(key.dtype, shape)
-            block, done = data[done : done + size], done + size
-            digest = hashlib.sha256(block).hexdigest()
+            block, done = content[done : done + size], done + size
+            if size <= _INLINE:
+                digest = _sha256(block)
+                yield block
+            else:
+                hashing = hasher.submit(_sha256, block)
+                yield block
+                digest = hashing.result()
             piece = PieceEntry(file=file, offset=offset, shape=shape, begin=begin, end=begin + size, sha256=digest)
-            records.append(PieceRecord(fqn=key.fqn, dtype=key.dtype, whole=tuple(shard.shape), piece=piece))
+            records.append(PieceRecord(fqn=key.fqn, dtype=key.dtype, whole=whole, piece=piece))
             begin += size
-            yield block
+
+
+def _sha256(block: memoryview) -> str:
+    return hashlib.sha256(block).hexdigest()
 
 
 def _cut(

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,9 @@ class Folder(ABC):
 
     @abstractmethod
     def write(self, name: str, chunks: Iterable[Chunk]) -> None: ...
+
+    @abstractmethod
+    def create(self, name: str, chunks: Iterable[Chunk]) -> bool: ...
 
     @abstractmethod
     def read(self, name: str) -> bytes: ...
@@ -77,7 +80,18 @@ class LocalFolder(Folder):
         self.shown = str(self._root)
 
     def write(self, name: str, chunks: Iterable[Chunk]) -> None:
-        path = self._root / name
+        self._write(self._root / name, chunks, put=Path.replace)
+
+    def create(self, name: str, chunks: Iterable[Chunk]) -> bool:
+        def put(partial: Path, path: Path) -> None:
+            os.link(partial, path)  # atomic on network file systems too
+            partial.unlink()
+
+        self._write(self._root / name, chunks, put=put)
+        return True
+
+    @staticmethod
+    def _write(path: Path, chunks: Iterable[Chunk], *, put: Callable[[Path, Path], object]) -> None:
         _make_durable_folder(path.parent)
         partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}{PARTIAL}")
         try:
@@ -86,7 +100,7 @@ class LocalFolder(Folder):
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
+            put(partial, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)

@@ -99,6 +99,13 @@ class RemoteFolder(Folder):
             self._abandon(file, target)
             raise
 
+    def create(self, name: str, chunks: Iterable[Chunk]) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            self.size(name)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{self.shown}/{name}")
+        self.write(name, chunks)
+        return False
+
     def _abandon(self, file: Any, target: str) -> None:
         """Leave nothing of a failed upload. fsspec's files would commit what they have when closed or collected."""
         with contextlib.suppress(Exception):

@@ -56,6 +56,14 @@ class Storage:
         """
         self._folder.write(_checked(name), chunks)
 
+    def create(self, name: str, chunks: Iterable[Chunk]) -> bool:
+        """Write a file that is not there yet; whether the filesystem vouches that nobody else has made it too.
+
+        Raises:
+            FileExistsError: it is there.
+        """
+        return self._folder.create(_checked(name), chunks)
+
     def read(self, name: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
         return self._folder.read(_checked(name))

@@ -57,8 +57,14 @@ class _Rank:
     channel: Channel
     pulse: Pulse
     tails: list[_Tail]
+    news: Channel | None
+    """From its persister, which may outlive it; none where it has none."""
     pid: int = 0
     ended: bool = False
+
+    def over(self) -> bool:
+        """Whether nothing more can come of it."""
+        return self.ended and all(tail.drained() for tail in self.tails) and (self.news is None or self.news.closed)
 
 
 @dataclass
@@ -213,6 +219,19 @@ class NodeAgent:
                 if not rank.ended:
                     rank.channel.send(message)
 
+    def tell_persister(self, number: int, message: dict[str, Any]) -> None:
+        """Send a message to a rank's persister, if that is on this node and still there."""
+        with self._lock:
+            for rank in self._ranks.values():
+                if rank.plan.rank == number and rank.news is not None:
+                    rank.news.send(message)
+
+    def abandon_saves(self) -> None:
+        """Have every persister end at once, whatever it is writing."""
+        with self._lock:
+            for rank in self._ranks.values():
+                self._close_news(rank)
+
     def signal(self, signum: int) -> None:
         """Send a signal to the process group of every living rank."""
         with self._lock:
@@ -230,6 +249,7 @@ class NodeAgent:
     def close(self) -> None:
         """Give up the lease: whatever still runs is killed by the fork server."""
         self._closing = True
+        self.abandon_saves()
         with self._lock:
             if self._server is not None:
                 self._server.close()
@@ -262,6 +282,9 @@ class NodeAgent:
         ours, theirs = socket.socketpair()
         pulse = Pulse.create()
         fds: dict[str, int] = {"channel": theirs.fileno(), "pulse": pulse.fd}
+        news, its_news = socket.socketpair() if child.kind == "worker" else (None, None)
+        if its_news is not None:
+            fds["news"] = its_news.fileno()
         tails: list[_Tail] = []
         streams: tuple[Stream, ...] = ("stdout", "stderr")
         for stream in streams:
@@ -272,7 +295,10 @@ class NodeAgent:
         for stream in streams:
             os.close(fds[stream])
         theirs.close()
-        self._ranks[key] = _Rank(plan, generation, folder / "error.json", Channel(ours), pulse, tails)
+        if its_news is not None:
+            its_news.close()
+        said = Channel(news) if news is not None else None
+        self._ranks[key] = _Rank(plan, generation, folder / "error.json", Channel(ours), pulse, tails, said)
 
     # ---- the one thread that reads
 
@@ -296,7 +322,7 @@ class NodeAgent:
             for key, rank in list(self._ranks.items()):
                 found.extend(self._read_messages(rank))
                 found.extend(self._read_output(rank))
-                if rank.ended and all(tail.drained() for tail in rank.tails):
+                if rank.over():
                     found.append(self._event(rank, "closed"))
                     self._forget(key)
         if found:
@@ -318,6 +344,8 @@ class NodeAgent:
         if event.exit is None:
             rank.pid = event.pid
             self._selector.register(rank.channel, selectors.EVENT_READ)
+            if rank.news is not None:
+                self._selector.register(rank.news, selectors.EVENT_READ)
             return [self._event(rank, "started", pid=event.pid)]
         rank.ended = True
         recorded = _read_json(rank.error_file)  # what elastic's @record left, if anything
@@ -325,13 +353,23 @@ class NodeAgent:
         return [*self._read_messages(rank), self._event(rank, "exit", exit=event.exit, data=why)]
 
     def _read_messages(self, rank: _Rank) -> list[RankEvent]:
-        if rank.channel.closed:
-            return []
-        found = [self._event(rank, "message", data=message) for message in rank.channel.receive()]
-        if rank.channel.closed:
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(rank.channel)
+        """What the rank and its persister have said."""
+        found: list[RankEvent] = []
+        for channel in (rank.news, rank.channel):
+            if channel is not None and not channel.closed:
+                found += [self._event(rank, "message", data=message) for message in channel.receive()]
+                if channel.closed:
+                    self._unregister(channel)
         return found
+
+    def _close_news(self, rank: _Rank) -> None:
+        if rank.news is not None and not rank.news.closed:
+            self._unregister(rank.news)
+            rank.news.close()
+
+    def _unregister(self, channel: Channel) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(channel)
 
     def _read_output(self, rank: _Rank) -> list[RankEvent]:
         found: list[RankEvent] = []
@@ -348,9 +386,10 @@ class NodeAgent:
     def _forget(self, key: int) -> None:
         rank = self._ranks.pop(key)
         if not rank.channel.closed:
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(rank.channel)
+            self._unregister(rank.channel)
         rank.channel.close()
+        if rank.news is not None:
+            rank.news.close()
         rank.pulse.close()
         for tail in rank.tails:
             os.close(tail.fd)

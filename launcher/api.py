@@ -26,7 +26,7 @@ from .goodput import Goodput
 from .host import HostError
 from .interrupt import StopRequests
 from .messages import Target
-from .resume import checkpoint_url, decide_start, open_storage
+from .resume import checkpoint_url, decide_start, leased, open_storage
 from .rundir import RunDir, check_parent
 from .session import Options, Session
 from .view import OutputRules, View, make_view
@@ -71,25 +71,12 @@ def launch(
             _refuse(session.check(data))
             run = start.open(job, runs, _yaml(data))
             url = checkpoint_url(job, run)
-            work = Work(
-                run=run,
-                program=_worker(job, data, run, (url, *filter(None, [start.origin])), options),
-                recovery=job.recovery,
-                tracking=job.tracking,
-                config=data,
-                logs=run.path / "logs",
-                facts={
-                    "recipe": job.recipe,
-                    "data": job.data.source,
-                    "ranks": f"{job.resources.nodes} nodes × {session.demand.ranks}",
-                },
-                again="without '--resume never' it" if options.resume == "never" else "the same command",
-                after=lambda: _export(job, url, run),
-            )
             try:
                 if not is_url(url):
                     session.check_shared(Path(url))
-                return carry_out(work, session, view, stop, goodput)
+                with leased(open_storage(job, url), run, view.note) as lease:
+                    work = _work(job, data, run, (url, *filter(None, [start.origin])), options, lease, session)
+                    return carry_out(work, session, view, stop, goodput)
             except JobError:
                 start.take_back()
                 raise
@@ -185,8 +172,17 @@ def _check_tracking(tracking: TrackingSpec) -> None:
     resolve_mode(tracking.wandb.mode, api_key_present(), env_mode=os.environ.get("WANDB_MODE", ""))
 
 
-def _worker(job: Job, data: dict[str, Any], run: RunDir, urls: tuple[str, ...], options: Options) -> Program:
-    return Program(
+def _work(
+    job: Job,
+    data: dict[str, Any],
+    run: RunDir,
+    urls: tuple[str, ...],
+    options: Options,
+    lease: str,
+    session: Session,
+) -> Work:
+    """The job as a run to carry out; its checkpoints go to the first of ``urls``."""
+    program = Program(
         kind="worker",
         body={
             "job": data,
@@ -194,12 +190,28 @@ def _worker(job: Job, data: dict[str, Any], run: RunDir, urls: tuple[str, ...], 
             "checkpoint_url": urls[0],
             "restore_urls": list(urls),
             "tracking": {"wandb_run_id": run.record.id},
+            "lease": lease,
         },
         cwd=str(Path.cwd()),
         run_id=run.record.id,
         fresh=options.fresh,
         max_restarts=job.recovery.max_restarts,
         cpus_per_rank=job.resources.cpus_per_rank,
+    )
+    return Work(
+        run=run,
+        program=program,
+        recovery=job.recovery,
+        tracking=job.tracking,
+        config=data,
+        logs=run.path / "logs",
+        facts={
+            "recipe": job.recipe,
+            "data": job.data.source,
+            "ranks": f"{job.resources.nodes} nodes × {session.demand.ranks}",
+        },
+        again="without '--resume never' it" if options.resume == "never" else "the same command",
+        after=lambda: _export(job, urls[0], run),
     )
 
 

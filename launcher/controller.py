@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.persister import AFTERLIFE
 from ..core.errors import DltrainError, Problem
 from ..core.job import RecoverySpec
 from ..core.rows import RowReducer
@@ -32,6 +33,7 @@ _WITNESS_TIME = 0.3  # seconds to hear of other failures after the first, so tha
 _SILENCE = 30.0
 _DRAIN = 10.0
 _ASK = 10.0
+_PATIENCE = 3.0  # seconds that are waited without a word
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Controller:
         self._last_words: dict[str, Any] = {}
         self._report: Path | None = None
         self._settling: int | None = None
+        self._troubled = -1
 
     def run(self) -> Ending:
         """Start generations until the policy says that it is over."""
@@ -179,9 +182,9 @@ class Controller:
                 return decision
 
     def _settle(self) -> None:
-        """Tell rank 0 once the metrics that it wants to save a checkpoint over are on the disk."""
+        """Tell rank 0's persister once the metrics that it wants to save a checkpoint over are on the disk."""
         if self._settling is not None and self._metrics.settled(self._settling):
-            self._cluster.agents[0].tell.remote({"t": "settled", "step": self._settling})
+            self._cluster.agents[0].tell_persister.remote(0, {"t": "settled", "step": self._settling})
             self._settling = None
 
     def _status(self, generation: _Generation) -> Status:
@@ -269,6 +272,8 @@ class Controller:
                 keep(self._run.path, step=message["step"], name=message["name"], png=b64decode(message["png"]))
             case "saved":
                 self._last_words["saved"] = message["step"]
+            case "trouble":
+                self._take_trouble(message)
             case "end":
                 self._last_words.update(message)
             case "done":
@@ -323,13 +328,43 @@ class Controller:
             self._drain(generation, min(5.0, self._recovery.stop_grace))
         if generation.alive():
             self._ask(generation, "signal", signal.SIGKILL, waiting_for="sending SIGKILL")
+        if decision.action in ("fail", "restart"):  # else there was time to save, or there is to be none
+            self._finish_saving(generation)
+        self._ask(generation, "abandon_saves", waiting_for="ending what still saves")
         self._drain(generation, _DRAIN)
         self._ask(generation, "close_stores", waiting_for="closing the rendezvous store")
+
+    def _finish_saving(self, generation: _Generation) -> None:
+        """Let the ranks' persisters finish the snapshot that they were given: they outlive their ranks for a while."""
+        begin, asked = time.monotonic(), self._stop.count
+        told = alone = False
+        while generation.present() and (waited := time.monotonic() - begin) < AFTERLIFE + _DRAIN:
+            if self._stop.count > asked:
+                return
+            self._hear(generation)
+            self._settle()
+            if generation.present() == {0} and not alone:  # what other ranks have not written will not come
+                alone = True
+                self._cluster.agents[0].tell_persister.remote(0, {"t": "alone"})
+            if waited > _PATIENCE and not told:
+                told = True
+                self._view.note(f"waiting for a checkpoint that is being written (at most {AFTERLIFE:g} s)")
 
     def _drain(self, generation: _Generation, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while generation.present() and time.monotonic() < deadline and self._stop.count < 3:
             self._hear(generation)
+
+    def _take_trouble(self, message: dict[str, Any]) -> None:
+        """Say once that a checkpoint cannot be written, and that it can be again; ranks suffer alike."""
+        step, why = message["step"], message["why"]
+        if why and self._troubled < 0:
+            self._troubled = step
+            text = f"the checkpoint of step {step} cannot be written yet (rank {message['rank']}: {why})"
+            self._view.note(f"{text}; it is kept in memory and tried again, and training goes on")
+        elif not why and self._troubled >= 0:
+            self._troubled = -1
+            self._view.note("checkpoints can be written again")
 
     def _write_report(self, generation: _Generation, decision: Decision) -> None:
         action = "all ranks were started again" if decision.action == "restart" else "the run was ended"

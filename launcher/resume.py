@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.lease import release, take
 from ..checkpoint.manifest import CorruptCheckpoint, Manifest
 from ..checkpoint.reader import catalogue, open_manifest
 from ..core.errors import JobError, Problem
@@ -71,6 +73,21 @@ def checkpoint_url(job: Job, run: RunDir) -> str:
 def open_storage(job: Job, url: str, where: str = "checkpoint.to") -> Storage:
     """A folder of checkpoints; the job's storage options are for remote ones."""
     return Storage(url, job.checkpoint.options if is_url(url) else None, where=where)
+
+
+@contextlib.contextmanager
+def leased(storage: Storage, run: RunDir, on_message: Callable[[str], None]) -> Generator[str]:
+    """Keep other runs out of a folder of checkpoints; the token under which this one's ranks write there.
+
+    Raises:
+        JobError: another run is at work there.
+    """
+    token = take(storage, run.record.id, pid=os.getpid(), on_message=on_message, where="checkpoint.to")
+    try:
+        yield token
+    finally:
+        with contextlib.suppress(OSError):  # then it ends by itself
+            release(storage, token)
 
 
 def decide_start(job: Job, *, runs: Path, resume: str, on_message: Callable[[str], None]) -> Start:

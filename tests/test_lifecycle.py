@@ -175,6 +175,7 @@ def test_a_killed_launcher_takes_everything_along_and_can_go_on(box: Sandbox, re
     closed = gate(box)
     with box.start(*LAUNCH, *JOB) as process:
         wait_at_gate(box, process)
+        wait_for(lambda: WAIT_AT in run_of(box).checkpoints(), what="the checkpoint in the background")
         process.kill()
         process.wait()
     assert not box.leftovers()

@@ -32,16 +32,28 @@ from .context import Context
 from .course import Course
 from .evaluate import evaluate
 from .images import grid, png
+from .persistence import Persister
 from .recipes import load_recipe
 from .reporter import Reporter
-from .snapshot import Position, SaveFailed, Snapshots
+from .snapshot import Position, Snapshots
+
+_LAST_SAVE = 600.0  # seconds that a run which is complete waits for its last checkpoint
+_SHARE_OF_GRACE = 0.8  # of the time to stop: the rest is for the words about it
 
 
 class Trainer:
     """One rank's whole training: built from the job, then :meth:`run` once."""
 
     def __init__(
-        self, job: Job, *, ctx: Context, device: torch.device, storage: Storage, reporter: Reporter, pulse: Pulse
+        self,
+        job: Job,
+        *,
+        ctx: Context,
+        device: torch.device,
+        storage: Storage,
+        persister: Persister,
+        reporter: Reporter,
+        pulse: Pulse,
     ) -> None:
         self._job, self._ctx, self._device = job, ctx, device
         self._reporter, self._pulse = reporter, pulse
@@ -78,7 +90,7 @@ class Trainer:
             reseed=partial(self._seed, "step"),
             mark=pulse.mark,
         )
-        self._snapshots = Snapshots(storage, job, rank=ctx.rank, world=world, reporter=reporter)
+        self._snapshots = Snapshots(persister, storage, job, rank=ctx.rank, world=world, reporter=reporter)
 
     def run(self, *, restore_urls: Sequence[str], tracking: dict[str, Any]) -> None:
         """Train to the end, or to the step at which all ranks agree to stop; save, and report how it ended."""
@@ -95,6 +107,7 @@ class Trainer:
             self._draw(done)
         if done > 0 and self._snapshots.newest != done:
             self._save(done, end)
+        self._snapshots.finish(_LAST_SAVE if finished else self._job.recovery.stop_grace * _SHARE_OF_GRACE)
         self._reporter.sync()
         if self._ctx.rank == 0:
             status = "finished" if finished else "stopped"
@@ -164,6 +177,7 @@ class Trainer:
                         return step
                 self._one_step(step, batches, meter)
                 self._after(step + 1)
+                self._snapshots.poll()
                 if self._course.ended:
                     return step + 1
         finally:
@@ -204,11 +218,7 @@ class Trainer:
             self._draw(done)
         every = self._job.checkpoint.every
         if every and done % every == 0 and done < self._plan.total_steps and not self._course.ended:
-            try:
-                self._save(done, self._plan.total_steps)
-            except SaveFailed as error:  # training can go on; the older checkpoints are still there
-                if self._ctx.rank == 0:
-                    self._reporter.send("note", text=str(error))
+            self._save(done, self._plan.total_steps)
 
     def _evaluates(self, done: int) -> bool:
         return done % self._evaluate_every == 0 or done == self._plan.total_steps
@@ -248,7 +258,7 @@ class Trainer:
                 self._reporter.image(done, name, png(grid(images)))
 
     def _save(self, done: int, end: int) -> None:
-        """Write a checkpoint after ``done`` steps of ``end``."""
+        """Take a snapshot after ``done`` steps of ``end``."""
         self._pulse.mark("checkpoint")
         self._engine.share_buffers()
         extra: dict[str, Any] = {"course": self._course.state()}

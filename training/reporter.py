@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import time
 from abc import ABC, abstractmethod
 from base64 import b64encode
@@ -48,9 +47,9 @@ class Reporter(ABC):
         """Deliver the rows kept so far and take in requests. May be collective."""
 
     @abstractmethod
-    def settle(self, timeout: float) -> bool:
-        """Wait until every row given so far is on the disk; False after ``timeout`` seconds. For rank 0, after all
-        ranks have called :meth:`sync`: a checkpoint must not be ahead of the metrics.
+    def unsettled(self) -> int:
+        """Step of the newest row that somebody else has still to bring to the disk; 0 where there is none. For rank 0,
+        after all ranks have called :meth:`sync`: a checkpoint must not be ahead of the metrics.
         """
 
     @abstractmethod
@@ -77,32 +76,15 @@ class ChannelReporter(Reporter):
         if self._rows:
             self._channel.send({"t": "rows", "rows": self._rows})
             self._rows = []
-        self._receive()
-
-    def _receive(self) -> int:
-        """Take in what has arrived; the last step that is on the disk, as far as these messages say."""
-        settled = -1
         for message in self._channel.receive():
             match message["t"]:
                 case "stop":
                     self._stop = True
-                case "settled":
-                    settled = message["step"]
                 case other:
                     raise ValueError(f"the agent sent a message of kind {other!r}")
-        return settled
 
-    def settle(self, timeout: float) -> bool:
-        self.sync()
-        if self._last_row == 0:  # no row yet
-            return True
-        self._channel.send({"t": "settle", "step": self._last_row})
-        deadline = time.monotonic() + timeout
-        while not self._channel.closed and (left := deadline - time.monotonic()) > 0:
-            select.select([self._channel], [], [], left)
-            if self._receive() >= self._last_row:
-                return True
-        return False
+    def unsettled(self) -> int:
+        return self._last_row
 
     def image(self, step: int, name: str, png: bytes) -> None:
         self.send("image", step=step, name=name, png=b64encode(png).decode())
@@ -142,8 +124,10 @@ class StandaloneReporter(Reporter):
                     shown = {name: f"{value:.4g}" for name, value in row.metrics.items()}
                     self._print(f"step {row.step}  " + "  ".join(f"{name} {value}" for name, value in shown.items()))
 
-    def settle(self, timeout: float) -> bool:
-        return self._journal is None or self._journal.flush()
+    def unsettled(self) -> int:
+        if self._journal is not None:
+            self._journal.flush()
+        return 0
 
     def image(self, step: int, name: str, png: bytes) -> None:
         if self._rank == 0:

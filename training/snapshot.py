@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+import select
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,18 +16,23 @@ import torch.distributed as dist
 
 from ..checkpoint.manifest import CorruptCheckpoint, Manifest
 from ..checkpoint.reader import catalogue, open_manifest, read
-from ..checkpoint.retention import prune, set_aside
-from ..checkpoint.writer import PieceRecord, assign, commit, held, make_manifest, write_shard
+from ..checkpoint.retention import set_aside
+from ..checkpoint.saving import Snapshot, description
+from ..checkpoint.writer import PieceKey, assign, held, plan_shard
 from ..core.contracts import Engine, ShardedState
 from ..core.errors import DltrainError, JobError, Problem
 from ..core.formats import is_url
 from ..core.job import Job
 from ..core.storage import Storage
+from .persistence import Persister, PersisterLost
 from .reporter import Reporter
+from .staging import Stage, image_size
 
 T = TypeVar("T")
 
-_SETTLE = 10.0
+_PATIENCE = 5.0  # seconds that the last checkpoint is waited for without a word
+_STAGES = 2
+_STARTS = 5  # persisters that are tried for one snapshot
 _AFRESH = "'--resume never' starts afresh"
 
 
@@ -41,69 +50,188 @@ class Position:
     extra: dict[str, Any]
 
 
+@dataclass
+class _Staged:
+    """A snapshot in this rank's memory: one of the stages holds its image."""
+
+    step: int
+    stage: int
+    text: bytes
+    starts: int = 0
+    """How often a persister was started for it."""
+
+
 class Snapshots:
-    """Saves and restores an engine's state on one storage folder. Every method is collective over ``world`` ranks.
+    """Takes snapshots of an engine's state, and has the persister make them durable in one storage folder.
+
+    There is memory for two: the one that is being written, and the newest, which takes the place of an older one that
+    waits. All ranks decide that alike, so that a checkpoint is of one step.
 
     Attributes:
-        newest: step of the checkpoint in this folder that was saved or restored last; -1 before.
+        newest: step of the snapshot that was taken, or of the checkpoint in this folder that was restored, last; -1
+            before.
     """
 
-    def __init__(self, storage: Storage, job: Job, *, rank: int, world: int, reporter: Reporter) -> None:
+    def __init__(
+        self, persister: Persister, storage: Storage, job: Job, *, rank: int, world: int, reporter: Reporter
+    ) -> None:
+        self._persister = persister
         self._storage = storage
         self._job = job
         self._rank, self._world = rank, world
         self._reporter = reporter
         self.newest = -1
+        self._held: list[PieceKey] = []
+        self._mine: list[PieceKey] = []
+        self._save_id = ""
+        self._stages: dict[int, Stage] = {}
+        self._given: list[_Staged] = []
+        self._skipped = 0
+        self._trouble = ""
+        self._failure = ""
 
     def save(self, engine: Engine, position: Position, tracking: dict[str, Any]) -> None:
-        """Write a complete checkpoint, the manifest last.
-
-        Raises:
-            SaveFailed: any rank could not write its part (on every rank alike).
-        """
+        """Copy this rank's part into memory; it is made durable in the background. Collective."""
         self._reporter.sync()
         state = engine.state()
-        mine = assign(self._all(held(state)))[self._rank]
-        outcome: list[PieceRecord] | str
-        try:
-            outcome = write_shard(self._storage, position.step, self._rank, self._world, state, mine)
-        except OSError as error:
-            outcome = f"rank {self._rank}: {type(error).__name__}: {error}"
-        outcomes = self._all(outcome)
-        failures = [item for item in outcomes if isinstance(item, str)]
-        if not failures:
-            records = [record for item in outcomes if not isinstance(item, str) for record in item]
-            failures = self._commit(records, position, tracking)
-        if failures:
-            raise SaveFailed(f"checkpoint of step {position.step} not written: " + "; ".join(failures))
-        self.newest = position.step
+        holdings = held(state)
+        self.poll()
+        new, full, trouble = self._any(holdings != self._held, len(self._given) > 1, bool(self._trouble))
+        if new:
+            self._assign(holdings)
+        if full or trouble:
+            self._give_way(position.step, all_of_them=trouble)
+        plan = plan_shard(state, self._mine)
+        stage = self._free_stage(image_size(plan))
+        self._stages[stage].fill(plan, state)
+        facts = self._facts(position, tracking) if self._rank == 0 else None
+        row = self._reporter.unsettled()
+        image = memoryview(b"")  # it goes as a descriptor
+        snapshot = Snapshot(position.step, self._save_id, self._rank, self._world, tuple(plan), image, facts, row)
+        self.newest, self._failure = position.step, ""
+        self._given.append(_Staged(position.step, stage, description(snapshot)))
+        self._hand_over(self._given[-1])
 
-    def _commit(self, records: list[PieceRecord], position: Position, tracking: dict[str, Any]) -> list[str]:
-        failure: str | None = None
-        if self._rank == 0:
-            manifest = make_manifest(
-                records,
-                step=position.step,
-                total_steps=position.total_steps,
-                samples=position.samples,
-                world=self._world,
-                job=self._job.model_dump(mode="json"),
-                rng={"seed": self._job.seed},
-                tracking=tracking,
-                extra=position.extra,
-            )
-            if not self._reporter.settle(_SETTLE):
+    def poll(self) -> None:
+        """Take in what the persister says. Costs microseconds."""
+        try:
+            for message in self._persister.receive():
+                self._take(message)
+        except PersisterLost:
+            self._start_again()
+
+    def finish(self, timeout: float) -> None:
+        """Wait until the newest snapshot is durable. Collective.
+
+        Raises:
+            SaveFailed: it is not, after ``timeout`` seconds; or it could not be written (on every rank alike).
+        """
+        begin, told = time.monotonic(), self._rank != 0
+        while self._given:
+            waited = time.monotonic() - begin
+            if waited > timeout:
+                break
+            if waited > _PATIENCE and not told:
+                told = True
                 self._reporter.send(
-                    "note", text=f"the metrics were not on the disk within {_SETTLE:g} s; saving all the same"
+                    "note", text=f"waiting for the checkpoint of step {self.newest} (at most {timeout:g} s)"
                 )
-            try:
-                commit(self._storage, manifest)
-                prune(self._storage, self._job.checkpoint.keep)
-            except OSError as error:
-                failure = f"{type(error).__name__}: {error}"
-            else:
-                self._reporter.send("saved", step=position.step)
-        return [item for item in self._all(failure) if item is not None]
+            select.select([self._persister], [], [], min(1.0, timeout - waited))
+            self.poll()
+        if self._given:
+            self._drop(self._given)
+            self._failure = f"not durable within {timeout:g} s" + (f": {self._trouble}" if self._trouble else "")
+        failures = [f"rank {rank}: {why}" for rank, why in enumerate(self._all(self._failure)) if why]
+        if failures:
+            raise SaveFailed(f"checkpoint of step {self.newest} not written: " + "; ".join(failures))
+
+    def _take(self, message: dict[str, Any]) -> None:
+        match message["t"]:
+            case "say":
+                said = dict(message["message"])
+                self._reporter.send(said.pop("t"), **said)
+            case "trouble":
+                self._trouble = message["why"]
+            case "ended":
+                if message["step"] == self.newest:
+                    self._failure = message["why"]
+                self._given = [staged for staged in self._given if staged.step != message["step"]]
+                self._trouble = ""
+            case other:
+                raise ValueError(f"the persister sent a message of kind {other!r}")
+
+    def _give_way(self, step: int, *, all_of_them: bool) -> None:
+        """Give up the newest snapshot, which waits on some rank, or all that are given. No rank may write it then."""
+        self._skipped += 1
+        if self._rank == 0 and not all_of_them and self._skipped.bit_count() == 1:  # the 1st, 2nd, 4th, 8th, ...
+            what = f"checkpoint of step {self.newest} was skipped for that of step {step}"
+            why = "the storage is slower than 'checkpoint.every'"
+            self._reporter.send("note", text=f"{what}, since {why} ({self._skipped} skipped so far)")
+        self._drop([staged for staged in self._given if all_of_them or staged.step == self.newest])
+
+    def _drop(self, given: Sequence[_Staged]) -> None:
+        for staged in given:
+            with contextlib.suppress(PersisterLost):  # as poll() will find
+                self._persister.drop(staged.step)
+
+    def _assign(self, holdings: list[PieceKey]) -> None:
+        """Settle who writes what. It is the same until tensors come or go, as the optimizer's do in the first step."""
+        everyone = self._all((holdings, secrets.token_hex(4)))
+        self._held, self._mine = holdings, assign([keys for keys, _ in everyone])[self._rank]
+        self._save_id = everyone[0][1]
+
+    def _free_stage(self, size: int) -> int:
+        """The index of a stage of ``size`` bytes that is not in use.
+
+        The persister answers at once that it lets go of what it has not begun to write.
+        """
+        while len(self._given) == _STAGES:
+            select.select([self._persister], [], [], 1.0)
+            self.poll()
+        taken = {staged.stage for staged in self._given}
+        free = next(index for index in range(_STAGES) if index not in taken)
+        before = self._stages.get(free)
+        if before is None or before.size < size:
+            self._stages[free] = Stage(size)
+            if before is not None:
+                before.close()
+        return free
+
+    def _facts(self, position: Position, tracking: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "total_steps": position.total_steps,
+            "samples": position.samples,
+            "job": self._job.model_dump(mode="json"),
+            "rng": {"seed": self._job.seed},
+            "tracking": tracking,
+            "extra": position.extra,
+        }
+
+    def _hand_over(self, staged: _Staged) -> None:
+        with contextlib.suppress(PersisterLost):  # as the next poll() will find
+            self._persister.save(staged.step, self._stages[staged.stage].fd, staged.text)
+
+    def _start_again(self) -> None:
+        """Start another persister, and give it what the lost one had: its memory is still here."""
+        what = f"rank {self._rank}: the process that writes checkpoints was lost; started again"
+        self._reporter.send("note", text=what)
+        self._persister.restart()
+        for staged in list(self._given):
+            staged.starts += 1
+            if staged.starts <= _STARTS:
+                self._hand_over(staged)
+                continue
+            self._given.remove(staged)
+            if staged.step == self.newest:
+                self._failure = f"the process that writes checkpoints was lost {staged.starts} times"
+
+    def _any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on any rank."""
+        if self._world == 1:
+            return list(flags)
+        answer = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in answer.tolist()]
 
     def restore(self, engine: Engine, urls: Sequence[str]) -> Manifest | None:
         """Load the newest checkpoint that is whole, from the first of ``urls`` that has one; None where there is none.

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ..checkpoint.lease import release, take, torchrun_owner
 from ..core.config import load_job
 from ..core.errors import JobError
 from ..core.job import Job
@@ -27,6 +32,7 @@ from ..core.storage import Storage
 from ..core.wire import Channel
 from .context import Context, adopt, context
 from .loop import Trainer
+from .persistence import Persister
 from .reporter import ChannelReporter, Reporter, StandaloneReporter
 
 
@@ -39,10 +45,16 @@ class Assignment:
     checkpoint_url: str
     restore_urls: tuple[str, ...]
     tracking: dict[str, Any]
+    lease: str
+    """The token of this run's lease on the checkpoints."""
 
 
-def run_ranked(body: dict[str, Any], *, channel: Channel, pulse: Pulse) -> int:
-    """Train as one rank of ``dltrain launch``; the exit code. Failures are told before they end the rank."""
+def run_ranked(body: dict[str, Any], *, channel: Channel, pulse: Pulse, news: socket.socket) -> int:
+    """Train as one rank of ``dltrain launch``; the exit code. Failures are told before they end the rank.
+
+    ``news`` is the persister's socket to the agent.
+    """
+    persister = Persister(news)  # before this process has threads
     ctx = adopt(channel=channel, pulse=pulse, run_dir=body["run_dir"])
     reporter = ChannelReporter(channel)
     sys.path.insert(0, str(Path.cwd()))
@@ -53,8 +65,9 @@ def run_ranked(body: dict[str, Any], *, channel: Channel, pulse: Pulse) -> int:
             checkpoint_url=body["checkpoint_url"],
             restore_urls=tuple(body["restore_urls"]),
             tracking=body["tracking"],
+            lease=body["lease"],
         )
-        _train(assignment, ctx, reporter, pulse)
+        _train(assignment, ctx, persister, reporter, pulse)
         reporter.send("done")
     except JobError as error:
         if pulse.step >= 0:
@@ -87,7 +100,7 @@ def _fail(error: BaseException, reporter: Reporter, pulse: Pulse) -> int:
     return 1
 
 
-def _train(assignment: Assignment, ctx: Context, reporter: Reporter, pulse: Pulse) -> None:
+def _train(assignment: Assignment, ctx: Context, persister: Persister, reporter: Reporter, pulse: Pulse) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: reporter.request_stop())
     pulse.mark("setup")
@@ -95,8 +108,18 @@ def _train(assignment: Assignment, ctx: Context, reporter: Reporter, pulse: Puls
     if ctx.world_size > 1:
         # CPU collectives carry control messages beside NCCL's gradients
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    storage = Storage(assignment.checkpoint_url, assignment.job.checkpoint.options)
-    trainer = Trainer(assignment.job, ctx=ctx, device=device, storage=storage, reporter=reporter, pulse=pulse)
+    spec, url = assignment.job.checkpoint, assignment.checkpoint_url
+    lease = assignment.lease if ctx.rank == 0 else ""
+    persister.open(url=url, options=spec.options, rank=ctx.rank, keep=spec.keep, lease=lease)
+    trainer = Trainer(
+        assignment.job,
+        ctx=ctx,
+        device=device,
+        storage=Storage(url, spec.options),
+        persister=persister,
+        reporter=reporter,
+        pulse=pulse,
+    )
     trainer.run(restore_urls=assignment.restore_urls, tracking=assignment.tracking)
     if ctx.world_size > 1:
         dist.barrier()  # nobody leaves while another still needs it
@@ -117,6 +140,7 @@ def main(argv: list[str]) -> int:
         print(f"one job file, not {len(files)}: {' '.join(files)}", file=sys.stderr)  # noqa: T201  # the user typed this command
         return 2
     ctx = context()
+    persister = Persister()  # before this process has threads
     try:
         overrides = [word for word in argv if "=" in word]
         job = load_job(Path(files[0]) if files else None, overrides, {}, os.environ).job
@@ -125,12 +149,27 @@ def main(argv: list[str]) -> int:
         ctx.run_dir = run_dir
         reporter = StandaloneReporter(rank=ctx.rank, world=ctx.world_size, run_dir=run_dir)
         url = job.checkpoint.to or str(run_dir.absolute() / "checkpoints")
-        _train(Assignment(job, run_dir, url, restore_urls=(url,), tracking={}), ctx, reporter, Pulse.create())
+        with _leased(url, job) if ctx.rank == 0 else nullcontext("") as lease:
+            assignment = Assignment(job, run_dir, url, restore_urls=(url,), tracking={}, lease=lease)
+            _train(assignment, ctx, persister, reporter, Pulse.create())
     except JobError as error:
         print(error, file=sys.stderr)  # noqa: T201  # the user typed this command
         return 2
     reporter.close(10)
     return 0
+
+
+@contextmanager
+def _leased(url: str, job: Job) -> Generator[str]:
+    """Hold the lease of the checkpoints; its token."""
+    storage = Storage(url, job.checkpoint.options)
+    run, pid = torchrun_owner()
+    token = take(storage, run, pid=pid, on_message=partial(print, flush=True), where="checkpoint.to")
+    try:
+        yield token
+    finally:
+        with suppress(OSError):
+            release(storage, token)
 
 
 if __name__ == "__main__":
