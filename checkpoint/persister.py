@@ -33,7 +33,7 @@ from ..core.errors import DltrainError
 from ..core.storage import Storage
 from ..core.wire import Channel
 from .lease import RENEW, renew
-from .retention import prune
+from .retention import Best, prune
 from .saving import GivenUp, Patience, Saving, Snapshot, snapshot_from
 
 AFTERLIFE = 30.0
@@ -72,6 +72,7 @@ class Persister:
         self._wake_r, self._wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._setup: dict[str, Any] = {}
         self._storage: Storage | None = None
+        self._best: Best | None = None
         self._images: dict[int, mmap.mmap] = {}
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
@@ -118,6 +119,7 @@ class Persister:
         match message["t"]:
             case "open":
                 self._setup = message
+                self._best = Best(**message["best"])
                 _set_process_name(f"dltrain-save{message['rank']}")
                 if message["lease"]:
                     threading.Thread(target=self._renew, daemon=True).start()
@@ -226,7 +228,7 @@ class Persister:
 
     def _prune(self) -> None:
         try:
-            prune(self._open(), self._setup["keep"])
+            prune(self._open(), self._setup["keep"], self._best)
         except OSError as error:
             self._say({"t": "note", "text": f"older checkpoints cannot be removed: {error}"})
 

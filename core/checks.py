@@ -136,18 +136,22 @@ def _evaluation(job: Job) -> Iterator[Problem]:
 
 def _watching(job: Job) -> Iterator[Problem]:
     """What waits for evaluations that never come, or for metrics that they never give."""
-    watches: list[tuple[str, str, str]] = []
-    if job.train.early_stop.patience is not None:
-        watches.append(("train.early_stop", "patience", job.train.early_stop.metric))
-    if job.train.schedule.name == "plateau":
-        watches.append(("train.schedule", "name", job.train.schedule.metric))
-    for section, key, metric in watches:
-        if job.data.split.val == 0:
-            what = "there is no validation part to watch a metric on"
-            yield Problem(what, f"{section}.{key}", "data.split.val is 0")
-        elif not metric.startswith("val/"):
-            what = f"'{metric}' is no metric of the validation part"
-            yield Problem(what, f"{section}.metric", f"such as 'val/{metric.rpartition('/')[2]}'")
+    train, kept = job.train, job.checkpoint.keep_best
+    if train.early_stop.patience is not None:
+        yield from _watched(job, "train.early_stop.patience", "train.early_stop.metric", train.early_stop.metric)
+    if train.schedule.name == "plateau":
+        yield from _watched(job, "train.schedule.name", "train.schedule.metric", train.schedule.metric)
+    if kept is not None:
+        yield from _watched(job, "checkpoint.keep_best", "checkpoint.keep_best", kept)
+
+
+def _watched(job: Job, asked: str, named: str, metric: str) -> Iterator[Problem]:
+    """What is wrong with watching ``metric``, for which the job's key ``asked``, and which its key ``named`` names."""
+    if job.data.split.val == 0:
+        yield Problem("there is no validation part to watch a metric on", asked, "data.split.val is 0")
+    elif not metric.startswith("val/"):
+        what = f"'{metric}' is no metric of the validation part"
+        yield Problem(what, named, f"such as 'val/{metric.rpartition('/')[2]}'")
 
 
 def _optimizers(job: Job) -> Iterator[Problem]:

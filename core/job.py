@@ -242,12 +242,29 @@ class TrainSpec(Spec):
 class CheckpointSpec(Spec):
     to: str | None = None
     """Folder or fsspec URL (s3://bucket/run); the default is 'checkpoints' in the run directory."""
-    every: int | None = Field(default=None, gt=0)
-    """Optimizer steps between checkpoints; the default is one at the end and one when asked to stop."""
+    every: int | str | None = None
+    """Optimizer steps between checkpoints, or the time between them, as '10min'; the default is one at the end and one
+    when asked to stop."""
     keep: int = Field(default=3, gt=0)
     """How many of the newest checkpoints stay."""
+    keep_best: str | None = None
+    """An evaluated metric, such as val/loss: a checkpoint is also saved when an evaluation finds a new best, and the
+    best one stays beside the newest."""
+    keep_best_goal: Literal["min", "max"] = "min"
+    """Whether that metric is better when lower or higher."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Storage options for the fsspec filesystem. Credentials are refused here: a job is written into its run."""
+
+    @field_validator("every")
+    @classmethod
+    def _is_interval(cls, every: int | str | None) -> int | str | None:
+        try:
+            fits = every is None or (every if isinstance(every, int) else parse_duration(every)) > 0
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(f"expected optimizer steps above 0 or a time such as '10min', found {every!r}")
+        return every
 
     @model_validator(mode="after")
     def _no_credentials(self) -> Self:

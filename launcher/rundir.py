@@ -26,7 +26,8 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 #: Parts of a job that may differ when a run is continued: they do not change what is computed.
 _FREE = (
-    *("tracking", "resources", "recovery", "checkpoint.every", "checkpoint.keep", "checkpoint.options"),
+    *("tracking", "resources", "recovery", "checkpoint.every", "checkpoint.options"),
+    *("checkpoint.keep", "checkpoint.keep_best", "checkpoint.keep_best_goal"),
     *("data.prefetch", "data.workers", "data.storage", "train.log_every", "train.recompute"),
     # how the model is spread, except for lossy compression
     *(f"parallel.{key}" for key in ("strategy", "tensor", "sequence", "replicas", "reshard", "reduce", "offload")),

@@ -32,7 +32,7 @@ def train(folder: Path, *restore: Path, **changes: dict[str, Any]) -> list[Messa
     heard = Channel(news)
     heard.send({"t": "settled", "step": 1000})  # before it is asked: the metrics are no concern here
     persister = Persister(its_news)
-    persister.open(url=str(folder), options={}, rank=0, keep=3, lease="")
+    persister.open(url=str(folder), options={}, rank=0, keep=3, best={"metric": None, "goal": "min"}, lease="")
     reporter = ChannelReporter(theirs)
     storage = Storage(str(folder))
     state = torch.get_rng_state()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..core.errors import JobError, Problem
-from ..core.job import TrainSpec
+from ..core.job import CheckpointSpec, TrainSpec
 
 
 class Watch:
@@ -45,6 +46,11 @@ class Watch:
         self._since = 0
         return True
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the last evaluation was the best so far."""
+        return self._best is not None and self._since == 0
+
     def state(self) -> dict[str, Any]:
         return {"best": self._best, "since": self._since}
 
@@ -58,14 +64,17 @@ class Course:
     Attributes:
         falls: how often the schedule 'plateau' has lowered the learning rate.
         ended: whether training is to end now.
+        best: whether the last evaluation was the best so far by what is to be kept.
     """
 
-    def __init__(self, train: TrainSpec) -> None:
+    def __init__(self, train: TrainSpec, checkpoint: CheckpointSpec) -> None:
         self.falls = 0
         self.ended = False
+        self.best = False
         schedule, stop = train.schedule, train.early_stop
         self._plateau: Watch | None = None
         self._stop: Watch | None = None
+        self._kept: Watch | None = None
         if schedule.name == "plateau":
             self._plateau = Watch(
                 schedule.metric, schedule.goal, where="train.schedule.metric", patience=schedule.patience
@@ -73,6 +82,9 @@ class Course:
         if stop.patience is not None:
             where = "train.early_stop.metric"
             self._stop = Watch(stop.metric, stop.goal, where=where, patience=stop.patience, min_delta=stop.min_delta)
+        if checkpoint.keep_best is not None:
+            where, goal = "checkpoint.keep_best", checkpoint.keep_best_goal
+            self._kept = Watch(checkpoint.keep_best, goal, where=where, patience=sys.maxsize)
 
     def take(self, metrics: Mapping[str, float]) -> None:
         """Consider an evaluation.
@@ -84,6 +96,9 @@ class Course:
             self.falls += 1
         if self._stop is not None and self._stop.worn(metrics):
             self.ended = True
+        if self._kept is not None:
+            self._kept.worn(metrics)
+            self.best = self._kept.fresh
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON-able."""
@@ -98,4 +113,4 @@ class Course:
                 watch.load(found[watch.where])
 
     def _watches(self) -> list[Watch]:
-        return [watch for watch in (self._plateau, self._stop) if watch is not None]
+        return [watch for watch in (self._plateau, self._stop, self._kept) if watch is not None]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.manifest import Manifest
+from ..checkpoint.retention import EVALUATED, finite
 from ..core.contracts import Batch, DrawsSamples, StepResult
 from ..core.errors import JobError, Problem
 from ..core.job import Job
@@ -30,6 +31,7 @@ from ..strategies.schedule import rate
 from .agree import Agreement
 from .context import Context
 from .course import Course
+from .due import Due
 from .evaluate import evaluate
 from .images import grid, png
 from .persistence import Persister
@@ -76,7 +78,9 @@ class Trainer:
             last_step=train.last_step,
         )
         self._normalizer: Normalizer | None = None
-        self._course = Course(train)
+        self._course = Course(train, job.checkpoint)
+        self._due = Due(job.checkpoint)
+        self._evaluated: dict[str, float] = {}
         self._evaluate_every = train.evaluate_every or math.ceil(len(self._parts["train"]) / train.global_batch)
         torch.manual_seed(derive(job.seed, "weights"))
         recipe = load_recipe(job)
@@ -104,6 +108,7 @@ class Trainer:
         if finished:
             metrics = self._evaluate("val") | self._evaluate("test")
             self._reporter.annotate(metrics)
+            self._evaluated = metrics
             self._draw(done)
         if done > 0 and self._snapshots.newest != done:
             self._save(done, end)
@@ -173,8 +178,13 @@ class Trainer:
             for step in range(start, self._plan.total_steps):
                 if agreement.due(step):
                     self._reporter.sync()
-                    if agreement.ask(step, self._reporter.stop_requested):
+                    due = self._ctx.rank == 0 and self._due.by_clock()
+                    stop, save = agreement.ask(step, stop=self._reporter.stop_requested, save=due)
+                    if stop:
                         return step
+                    if save and self._snapshots.newest != step:
+                        self._save(step, self._plan.total_steps)
+                self._evaluated = {}
                 self._one_step(step, batches, meter)
                 self._after(step + 1)
                 self._snapshots.poll()
@@ -214,10 +224,11 @@ class Trainer:
         if self._evaluates(done) and done < self._plan.total_steps:
             metrics = self._evaluate("val")
             self._reporter.annotate(metrics)
+            self._evaluated = metrics
             self._course.take(metrics)
             self._draw(done)
-        every = self._job.checkpoint.every
-        if every and done % every == 0 and done < self._plan.total_steps and not self._course.ended:
+        due = self._due.after(done) or (self._course.best and bool(self._evaluated))
+        if due and done < self._plan.total_steps and not self._course.ended:
             self._save(done, self._plan.total_steps)
 
     def _evaluates(self, done: int) -> bool:
@@ -261,11 +272,12 @@ class Trainer:
         """Take a snapshot after ``done`` steps of ``end``."""
         self._pulse.mark("checkpoint")
         self._engine.share_buffers()
-        extra: dict[str, Any] = {"course": self._course.state()}
+        extra: dict[str, Any] = {"course": self._course.state(), EVALUATED: finite(self._evaluated)}
         if self._normalizer is not None:
             extra["normalizer"] = self._normalizer.state()
         position = Position(done, self._plan.samples_before(done), end, extra)
         self._snapshots.save(self._engine, position, self._tracking)
+        self._due.taken()
 
     def _seed(self, purpose: str, *words: int) -> None:
         key = derive(self._job.seed, purpose, *words)

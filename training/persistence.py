@@ -39,7 +39,7 @@ class Persister:
         return self._sock.fileno()
 
     def open(self, **setup: Any) -> None:
-        """Say where to write, and as whom: ``url``, ``options``, ``rank``, ``keep``."""
+        """Say where to write, and as whom: the keys of the message that ``checkpoint/persister.py`` takes."""
         self._setup = {"t": "open", **setup}
         with contextlib.suppress(PersisterLost):  # as receive() will say
             self._send(self._setup)

@@ -110,7 +110,8 @@ def _train(assignment: Assignment, ctx: Context, persister: Persister, reporter:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     spec, url = assignment.job.checkpoint, assignment.checkpoint_url
     lease = assignment.lease if ctx.rank == 0 else ""
-    persister.open(url=url, options=spec.options, rank=ctx.rank, keep=spec.keep, lease=lease)
+    best = {"metric": spec.keep_best, "goal": spec.keep_best_goal}
+    persister.open(url=url, options=spec.options, rank=ctx.rank, keep=spec.keep, best=best, lease=lease)
     trainer = Trainer(
         assignment.job,
         ctx=ctx,
