@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
+import signal
 from pathlib import Path
 
-import torch
-from checkpoints import State, assert_same, newest
+import pytest
+import savers
+from checkpoints import assert_same, newest
 from dltrain.checkpoint.reader import catalogue, open_manifest
 from dltrain.core.storage import Storage
-from ranks import train_ranks
+from ranks import run_ranks, train_ranks
 from runs import RunFolder
+from savers import state_of
 
 MODEL = ("model.widths=[4]", "model.hidden=8", "train.microbatches=2")
 
@@ -37,3 +41,47 @@ def test_a_checkpoint_is_due_by_the_clock_on_every_rank_at_once(tmp_path: Path) 
     found = steps(run)
     assert found[0] == 300
     assert len(found) > 1  # each of one step, or there would be no manifest
+
+
+# ---- killed
+
+
+def check(storage: Storage, *, at_least: int = 0) -> int:
+    """The newest checkpoint's step, after comparing every bit of it."""
+    step, state = newest(storage)
+    assert step >= at_least
+    assert_same(state, state_of(step))
+    return step
+
+
+def test_a_save_that_is_killed_at_any_change_of_the_storage_leaves_the_one_before(
+    local: Storage, tmp_path: Path
+) -> None:
+    assert run_ranks(savers.dies_at, 1, tmp_path, str(local), 1, 10_000) == [0]
+    at, step = 0, 2
+    while run_ranks(savers.dies_at, 1, tmp_path, str(local), step, at) != [0]:
+        assert check(local) in (step - 1, step)
+        step += check(local) == step
+        at += 1
+    assert at > 20
+    assert check(local) == step
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_persister_that_is_killed_is_replaced_and_the_snapshot_is_not_lost(
+    local: Storage, tmp_path: Path, kills: int
+) -> None:
+    ended = run_ranks(savers.saves_while_its_persister_is_killed, 1, tmp_path, str(local), kills, 1, timeout=280)
+    assert ended == [0], (tmp_path / "rank0.log").read_text()
+    assert check(local) == kills
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
+def test_what_a_killed_rank_has_given_is_finished_by_its_persister(local: Storage, tmp_path: Path, kills: int) -> None:
+    moments = random.Random(2)
+    done = 0
+    for _ in range(kills):
+        ended = run_ranks(savers.saves_until_it_is_killed, 1, tmp_path, str(local), done + 1, moments.uniform(0, 0.03))
+        assert ended == [-signal.SIGKILL]
+        savers.wait_until_gone("dltrain-save0", tmp_path)
+        done = check(local, at_least=done + 1)

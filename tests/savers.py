@@ -1,0 +1,159 @@
+"""Programs for ``run_ranks`` that save one snapshot after the other while something kills them."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+from checkpoints import make_state, rows
+from dltrain.checkpoint.saving import GivenUp, Patience, Saving, Snapshot
+from dltrain.checkpoint.tensors import to_bytes
+from dltrain.checkpoint.writer import assign, held, plan_shard
+from dltrain.core.contracts import Engine, ShardedState
+from dltrain.core.folders import Chunk
+from dltrain.core.job import Job
+from dltrain.core.storage import Storage
+from dltrain.training.persistence import Persister
+from dltrain.training.reporter import Reporter
+from dltrain.training.snapshot import Position, Snapshots
+from torch import Tensor
+
+BIG = 200_000
+FACTS: dict[str, Any] = {"total_steps": 100, "samples": 0, "job": {}, "extra": {}}
+
+
+class Silent(Reporter):
+    """Keeps what it is told in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[dict[str, Any]] = []
+
+    def sync(self) -> None: ...
+
+    def unsettled(self) -> int:
+        return 0
+
+    def send(self, kind: str, **data: Any) -> None:
+        self.said.append({"t": kind, **data})
+
+    def image(self, step: int, name: str, png: bytes) -> None: ...
+
+    def close(self, timeout: float) -> None: ...
+
+
+class Holder:
+    """What :class:`Snapshots` needs of an engine: the state of a step, in which every number tells the step."""
+
+    def __init__(self, step: int) -> None:
+        self._state = state_of(step)
+
+    def state(self) -> ShardedState:
+        return rows(self._state, 1)[0]
+
+
+def state_of(step: int) -> dict[str, Tensor]:
+    """The awkward tensors, and one that takes a while to write."""
+    import torch
+
+    return {**make_state(step), "model.net.big": torch.full((BIG,), step, dtype=torch.float64)}
+
+
+def open_snapshots(url: str, *, rank: int = 0) -> tuple[Snapshots, Persister, Silent]:
+    reporter, persister = Silent(), Persister()
+    persister.open(url=url, options={}, rank=rank, keep=2, best={"metric": None, "goal": "min"}, lease="")
+    job = Job.model_validate({})
+    return Snapshots(persister, Storage(url), job, rank=0, world=1, reporter=reporter), persister, reporter
+
+
+def take(snapshots: Snapshots, step: int) -> None:
+    snapshots.save(cast(Engine, Holder(step)), Position(step, step, 1000, {}), {})
+
+
+def saves_while_its_persister_is_killed(url: str, kills: int, seed: int) -> int:
+    """Save ``kills`` steps; the persister dies at a random moment of each."""
+    snapshots, persister, reporter = open_snapshots(url)
+    moments = random.Random(seed)
+    for step in range(1, kills + 1):
+        take(snapshots, step)
+        time.sleep(moments.uniform(0, 0.02))
+        os.kill(persister.pid, signal.SIGKILL)
+        snapshots.finish(60)
+    lost = [message for message in reporter.said if "was lost" in message.get("text", "")]
+    assert lost, reporter.said
+    return 0
+
+
+def saves_until_it_is_killed(url: str, first: int, after: float) -> int:
+    """Save step after step, and be gone ``after`` seconds after the first has been given."""
+    snapshots, _, _ = open_snapshots(url)
+    step, end = first, None
+    while True:
+        take(snapshots, step)
+        end = end or time.monotonic() + after
+        if time.monotonic() > end:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step += 1
+
+
+class Dying(Storage):
+    """Kills its process before the ``at``-th thing it is to do: a change of the storage, or a chunk of a file."""
+
+    def __init__(self, url: str, at: int) -> None:
+        super().__init__(url)
+        self._left = at
+
+    def _tick(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(self, name: str, chunks: Iterable[Chunk]) -> None:
+        def ticking() -> Iterable[Chunk]:
+            for chunk in chunks:
+                self._tick()
+                yield chunk
+            self._tick()
+
+        super().write(name, ticking())
+        self._tick()
+
+    def remove(self, name: str) -> None:
+        self._tick()
+        super().remove(name)
+
+
+def dies_at(url: str, step: int, at: int) -> int:
+    """Save one step as two ranks, one after the other, and be killed before the ``at``-th change of the storage."""
+    storage = Dying(url, at)
+    ranks = rows(state_of(step), 2)
+    shares = assign([held(shards) for shards in ranks])
+    for rank in (1, 0):
+        plan = plan_shard(ranks[rank], shares[rank])
+        data = {key: next(b.data for b in ranks[rank][key.fqn].boxes() if b.offset == key.offset) for key, _ in plan}
+        image = memoryview(b"".join(to_bytes(data[key]) for key, _ in plan))
+        facts = FACTS if rank == 0 else None
+        snapshot = Snapshot(step, "feed", rank, 2, tuple(plan), image, facts)
+        Saving(storage, snapshot, Patience(), on_trouble=print, before_commit=lambda: None).run()
+    return 0
+
+
+def wait_until_gone(name: str, folder: Path, timeout: float = 60) -> None:
+    """Wait until no process of this name works in ``folder``."""
+    deadline = time.monotonic() + timeout
+    while any(_is(entry, name, folder) for entry in Path("/proc").iterdir() if entry.name.isdecimal()):
+        if time.monotonic() > deadline:
+            raise GivenUp(f"{name} is still there after {timeout:g} s")
+        time.sleep(0.01)
+
+
+def _is(entry: Path, name: str, folder: Path) -> bool:
+    try:
+        return (entry / "comm").read_text().strip() == name and (entry / "cwd").resolve() == folder.resolve()
+    except OSError:
+        return False
