@@ -76,7 +76,7 @@ class Persister:
         self._images: dict[int, mmap.mmap] = {}
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
-        self._settled = -1
+        self._settled = 0
         self._tasks: deque[_Task] = deque()
         self._alone = False
         self._stuck_until = float("inf")
@@ -254,7 +254,7 @@ class Persister:
     def _settle(self, snapshot: Snapshot) -> None:
         """Wait until the metrics before the snapshot are on the disk: a checkpoint must not be ahead of them."""
         row = snapshot.row
-        if not row or self._agent is None:
+        if self._agent is None or row == 0:
             return
         self._say({"t": "settle", "step": row})
         with self._news:

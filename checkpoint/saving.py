@@ -101,8 +101,8 @@ class Saving:
 
     Attributes:
         on_trouble: told, once until it works again, why the storage fails.
-        before_commit: called when every shard is durable; raises GivenUp if there must be no manifest.
-        wait_for_parts: seconds that the other ranks' parts are waited for.
+        before_commit: called when every shard is durable; raises GivenUp if there must be no manifest, or OSError.
+        wait_for_parts: seconds that another rank's part is waited for; the rank gives up sooner when that has failed.
     """
 
     storage: Storage
@@ -110,7 +110,7 @@ class Saving:
     patience: Patience
     on_trouble: Callable[[str], None]
     before_commit: Callable[[], None]
-    wait_for_parts: float = 600.0
+    wait_for_parts: float = 3600.0
 
     def run(self) -> None:
         """Return when this rank's part is durable, on rank 0 when the checkpoint is complete.
@@ -132,7 +132,6 @@ class Saving:
         facts = dict(self.snapshot.facts)
         facts["extra"] = {**facts["extra"], SAVE_ID: self.snapshot.save}
         manifest = make_manifest(records, step=self.snapshot.step, world=self.snapshot.world, **facts)
-        self.before_commit()
         self._retried(lambda: self._commit(manifest))
         self._tidy()
 
@@ -182,7 +181,7 @@ class Saving:
             raise ValueError(f"{name} is damaged: {error.errors()[0]['msg']}") from None
 
     def _commit(self, manifest: Manifest) -> None:
-        self.patience.check()
+        self.before_commit()
         commit(self.storage, manifest)
 
     def _tidy(self) -> None:

@@ -157,3 +157,30 @@ def _is(entry: Path, name: str, folder: Path) -> bool:
         return (entry / "comm").read_text().strip() == name and (entry / "cwd").resolve() == folder.resolve()
     except OSError:
         return False
+
+
+def saves_while_the_folder_is_away(url: str) -> int:
+    """Save step 1; take steps 2 to 4 while a file stands where the folder was; the last is saved when it is back."""
+    snapshots, _, reporter = open_snapshots(url)
+    take(snapshots, 1)
+    snapshots.finish(60)
+    folder, away = Path(url), Path(f"{url}-away")
+    folder.rename(away)
+    folder.touch()
+
+    def told() -> list[str]:
+        return [message["why"] for message in reporter.said if message["t"] == "trouble"]
+
+    for step in (2, 3, 4):
+        take(snapshots, step)
+        deadline = time.monotonic() + 60
+        while len(told()) < step - 1 and time.monotonic() < deadline:
+            snapshots.poll()
+            time.sleep(0.01)
+    folder.unlink()
+    away.rename(folder)
+    snapshots.finish(60)
+    assert len(told()) == 4, told()  # a word for each that could not be written, one when it could
+    assert all("NotADirectoryError" in why or "File exists" in why for why in told()[:-1]), told()
+    assert told()[-1] == ""
+    return 0

@@ -85,3 +85,12 @@ def test_what_a_killed_rank_has_given_is_finished_by_its_persister(local: Storag
         assert ended == [-signal.SIGKILL]
         savers.wait_until_gone("dltrain-save0", tmp_path)
         done = check(local, at_least=done + 1)
+
+
+def test_a_storage_that_fails_is_tried_until_it_is_back_and_the_newest_snapshot_is_kept(
+    local: Storage, tmp_path: Path
+) -> None:
+    ended = run_ranks(savers.saves_while_the_folder_is_away, 1, tmp_path, str(local))
+    assert ended == [0], (tmp_path / "rank0.log").read_text()
+    assert [entry.step for entry in catalogue(local)] == [4, 1]
+    assert check(local) == 4

@@ -39,7 +39,7 @@ from .recipes import load_recipe
 from .reporter import Reporter
 from .snapshot import Position, Snapshots
 
-_LAST_SAVE = 600.0  # seconds that a run which is complete waits for its last checkpoint
+_LAST_SAVE = 3600.0  # seconds that a run which is complete waits for its last checkpoint
 _SHARE_OF_GRACE = 0.8  # of the time to stop: the rest is for the words about it
 
 

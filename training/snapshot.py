@@ -31,6 +31,7 @@ from .staging import Stage, image_size
 T = TypeVar("T")
 
 _PATIENCE = 5.0  # seconds that the last checkpoint is waited for without a word
+_HOPELESS = 60.0  # seconds that a failing storage is tried when training is over
 _STAGES = 2
 _STARTS = 5  # persisters that are tried for one snapshot
 _AFRESH = "'--resume never' starts afresh"
@@ -108,7 +109,7 @@ class Snapshots:
         row = self._reporter.unsettled()
         image = memoryview(b"")  # it goes as a descriptor
         snapshot = Snapshot(position.step, self._save_id, self._rank, self._world, tuple(plan), image, facts, row)
-        self.newest, self._failure = position.step, ""
+        self.newest, self._failure, self._trouble = position.step, "", ""
         self._given.append(_Staged(position.step, stage, description(snapshot)))
         self._hand_over(self._given[-1])
 
@@ -124,23 +125,27 @@ class Snapshots:
         """Wait until the newest snapshot is durable. Collective.
 
         Raises:
-            SaveFailed: it is not, after ``timeout`` seconds; or it could not be written (on every rank alike).
+            SaveFailed: it is not, after ``timeout`` seconds, or while the storage fails; or it could not be written (on
+                every rank alike).
         """
-        begin, told = time.monotonic(), self._rank != 0
-        while self._given:
+        begin, told, since = time.monotonic(), self._rank != 0, 0.0
+        while True:
             waited = time.monotonic() - begin
-            if waited > timeout:
+            since = 0.0 if not self._trouble else since or waited
+            hopeless = waited > timeout or (since > 0 and waited - since > _HOPELESS)
+            pending, hopeless = self._any(bool(self._given), hopeless)
+            if not pending or hopeless:
                 break
             if waited > _PATIENCE and not told:
                 told = True
-                self._reporter.send(
-                    "note", text=f"waiting for the checkpoint of step {self.newest} (at most {timeout:g} s)"
-                )
-            select.select([self._persister], [], [], min(1.0, timeout - waited))
-            self.poll()
+                text = f"waiting for the checkpoint of step {self.newest} to be written (at most {timeout:g} s)"
+                self._reporter.send("note", text=text)
+            if self._given:
+                select.select([self._persister], [], [], 1.0)
+                self.poll()
         if self._given:
             self._drop(self._given)
-            self._failure = f"not durable within {timeout:g} s" + (f": {self._trouble}" if self._trouble else "")
+            self._failure = self._trouble or f"not done after {time.monotonic() - begin:.0f} s"
         failures = [f"rank {rank}: {why}" for rank, why in enumerate(self._all(self._failure)) if why]
         if failures:
             raise SaveFailed(f"checkpoint of step {self.newest} not written: " + "; ".join(failures))
@@ -154,9 +159,8 @@ class Snapshots:
                 self._trouble = message["why"]
             case "ended":
                 if message["step"] == self.newest:
-                    self._failure = message["why"]
+                    self._failure = self._trouble = message["why"]
                 self._given = [staged for staged in self._given if staged.step != message["step"]]
-                self._trouble = ""
             case other:
                 raise ValueError(f"the persister sent a message of kind {other!r}")
 
