@@ -51,6 +51,7 @@ class LaunchRequest:
         placement: how nodes are placed on machines.
         run_dir: parent of the run directories.
         resume: ``"auto"`` goes on with the unfinished run, ``"never"`` starts afresh; or a run or checkpoint folder.
+        init_from: run or checkpoint folder, or its URL, to take the first weights from; empty for none.
         keep_warm: seconds that fork servers stay for the next launch.
         max_restarts: restarts of the ranks after a failure.
         start_method: ``"fork"`` from the warm server, or ``"spawn"`` for a fresh interpreter.
@@ -79,6 +80,7 @@ class LaunchRequest:
     placement: Literal["auto", "spread", "pack"] | None = None
     run_dir: Path = Path("runs")
     resume: str = "auto"
+    init_from: str = ""
     keep_warm: float = 0.0
     max_restarts: int | None = None
     start_method: Literal["fork", "spawn"] | None = None

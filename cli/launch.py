@@ -68,6 +68,7 @@ def _options(request: LaunchRequest) -> Options:
         address=request.address,
         runs=request.run_dir,
         resume=request.resume,
+        init_from=request.init_from,
         keep_warm=request.keep_warm,
         fresh=request.start_method == "spawn",
         quiet=request.quiet,

@@ -108,6 +108,15 @@ def launch(
             help="Go on with the unfinished run of this job (auto, the default), start afresh, or go on from a folder.",
         ),
     ] = None,
+    init_from: Annotated[
+        Text,
+        _option(
+            _RUN,
+            "--init-from",
+            metavar="PATH",
+            help="Begin a new run with the weights of another's newest checkpoint, and nothing else of it.",
+        ),
+    ] = None,
     max_restarts: Annotated[
         Text,
         _option(

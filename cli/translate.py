@@ -57,9 +57,10 @@ def translate(params: Mapping[str, Any], *, is_job: bool) -> Translated:
     if is_job:
         what = "does nothing in a job, only for a script"
         result.problems += [Problem(what, _option(name)) for name in _SCRIPT_ONLY if name in given]
-    elif "resume" in given:
+    else:
         hint = "the script itself decides what it loads; pass it an argument"
-        result.problems.append(Problem("does nothing for a script, only in a job", "--resume", hint))
+        what = "does nothing for a script, only in a job"
+        result.problems += [Problem(what, _option(name), hint) for name in ("resume", "init_from") if name in given]
     return result
 
 
@@ -146,6 +147,12 @@ def _resume(text: str) -> str:
     raise ValueError(f"no checkpoint at '{text}' ({hint})")
 
 
+def _weights(text: str) -> str:
+    if "://" in text or Path(text).exists():
+        return text
+    raise ValueError(f"no checkpoint at '{text}'")
+
+
 def _folder(text: str) -> Path:
     path = Path(text)
     if path.exists() and not path.is_dir():
@@ -182,6 +189,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "placement": _choice("auto", "spread", "pack"),
     "run_dir": _folder,
     "resume": _resume,
+    "init_from": _weights,
     "keep_warm": _duration,
     "max_restarts": _restarts,
     "start_method": _start_method,

@@ -56,7 +56,7 @@ def launch(
     check_parent(runs)
     goodput = Goodput(time.time() if began is None else began)
     notes: list[str] = []
-    start = decide_start(job, runs=runs, resume=options.resume, on_message=notes.append)
+    start = decide_start(job, runs=runs, resume=options.resume, init_from=options.init_from, on_message=notes.append)
     with contextlib.closing(start):
         view = make_view(script=False, rules=OutputRules(), quiet=options.quiet)
         with _session(options, job.resources, job.recovery, demand, view) as (session, stop):
@@ -191,6 +191,7 @@ def _work(
             "restore_urls": list(urls),
             "tracking": {"wandb_run_id": run.record.id},
             "lease": lease,
+            "init_from": run.record.init,
         },
         cwd=str(Path.cwd()),
         run_id=run.record.id,

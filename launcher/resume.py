@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -25,17 +26,19 @@ class Start:
     Attributes:
         run: the run directory: one that is continued is held from the beginning, a new one from :meth:`open` on.
         origin: a folder with another run's checkpoints, to start from where the run has none of its own; or empty.
+        init: a folder of checkpoints, to take only the weights from where the run has none of its own; or empty.
     """
 
     run: RunDir | None = None
     origin: str = ""
+    init: str = ""
     _before: tuple[Record, str] | None = None
 
     def open(self, job: Job, runs: Path, yaml: str) -> RunDir:
         """The run directory, made now if it is a new one, with ``job`` (also as text) as what it computes."""
         data = job.model_dump(mode="json")
         if self.run is None:
-            self.run = RunDir.create(runs, job.name, data, origin=self.origin)
+            self.run = RunDir.create(runs, job.name, data, origin=self.origin, init=self.init)
         else:
             self._before = self.run.record, self.run.read("job.yaml")
             self.run.update(job=data)
@@ -90,21 +93,39 @@ def leased(storage: Storage, run: RunDir, on_message: Callable[[str], None]) -> 
             release(storage, token)
 
 
-def decide_start(job: Job, *, runs: Path, resume: str, on_message: Callable[[str], None]) -> Start:
+def decide_start(job: Job, *, runs: Path, resume: str, init_from: str = "", on_message: Callable[[str], None]) -> Start:
     """Settle what to continue; nothing is made yet.
 
     ``"auto"`` continues the newest unfinished run of this name if its job computes the same. Else it begins a new one,
     which still picks up checkpoints of the same job from an explicit ``checkpoint.to``. ``"never"`` begins a new run. A
-    path or URL names a run directory to continue, or a checkpoint folder to start a new run from.
+    path or URL names a run directory to continue, or a checkpoint folder to start a new run from. ``init_from`` names
+    one whose weights a new run begins with; an unfinished run that began so is continued by ``"auto"``.
 
     Raises:
-        JobError: there is nothing at that path, ``checkpoint.to`` holds another job's checkpoints, or one of the two
+        JobError: there is nothing at such a path, ``checkpoint.to`` holds another job's checkpoints, or one of the two
             cannot be used.
     """
     if resume not in ("auto", "never"):
+        if init_from:
+            raise JobError(Problem("cannot stand beside a path in --resume", "--init-from", "either is a beginning"))
         return _named(job, runs, resume, on_message)
-    run = _unfinished(job, runs, on_message) if resume == "auto" else None
-    return _checked(Start(run), job, resume)
+    init = _weights_folder(job, init_from) if init_from else ""
+    run = _unfinished(job, runs, on_message, init=init or None) if resume == "auto" else None
+    return _checked(Start(run, init=init), job, resume)
+
+
+def _weights_folder(job: Job, named: str) -> str:
+    """The checkpoint folder that a path or URL of a run or of checkpoints means."""
+    run = Path(named)
+    if (run / "run.json").is_file():
+        checkpoint = json.loads((run / "run.json").read_text()).get("job", {}).get("checkpoint", {})
+        named = checkpoint.get("to") or str(run / "checkpoints")
+    storage = open_storage(job, named, "--init-from")
+    with _readable(storage, "--init-from"):
+        if not catalogue(storage):
+            hint = "name a run directory, or a folder with step-* checkpoints"
+            raise JobError(Problem(f"there is no complete checkpoint at {storage}", "--init-from", hint))
+    return str(storage)
 
 
 def _checked(start: Start, job: Job, resume: str) -> Start:
@@ -116,8 +137,10 @@ def _checked(start: Start, job: Job, resume: str) -> Start:
     return start
 
 
-def _unfinished(job: Job, runs: Path, on_message: Callable[[str], None], origin: str | None = None) -> RunDir | None:
-    """The newest run of this name if it is to be continued, and began from ``origin`` where that is given."""
+def _unfinished(
+    job: Job, runs: Path, on_message: Callable[[str], None], origin: str | None = None, init: str | None = None
+) -> RunDir | None:
+    """Newest run of this name that is to be continued, and began from ``origin`` or ``init`` where that is given."""
     path = newest_run(runs, job.name)
     if path is None:
         return None
@@ -126,7 +149,8 @@ def _unfinished(job: Job, runs: Path, on_message: Callable[[str], None], origin:
         on_message(f"{_shown(path)} is in use by another launch, or damaged: beginning a new run")
         return None
     record = run.record
-    if record.state != "finished" and record.job and origin in (None, record.origin):  # a script's run has no job
+    if record.state != "finished" and record.job and origin in (None, record.origin) and init in (None, record.init):
+        # (a script's run has no job)
         changed = differences(job, record.job)
         if not changed:
             on_message(f"continuing {_shown(path)} ('--resume never' starts afresh)")

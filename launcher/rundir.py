@@ -50,6 +50,7 @@ class Record:
         generations: how often ranks have been started.
         step: completed optimizer steps that are in the metrics.
         origin: the folder with another run's checkpoints that it was told to start from; or empty.
+        init: the folder with checkpoints that it took its first weights from; or empty.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Record:
     generations: int = 0
     step: int = 0
     origin: str = ""
+    init: str = ""
 
 
 class RunDir:
@@ -72,7 +74,7 @@ class RunDir:
         self._lock = lock
 
     @classmethod
-    def create(cls, parent: Path, name: str, job: Mapping[str, Any], *, origin: str = "") -> Self:
+    def create(cls, parent: Path, name: str, job: Mapping[str, Any], *, origin: str = "", init: str = "") -> Self:
         """A new run directory with the next free number.
 
         Raises:
@@ -97,7 +99,7 @@ class RunDir:
             path.rmdir()
             raise
         assert lock is not None, "a new folder has no other owner"
-        record = Record(secrets.token_hex(4), name, started=time.time(), job=dict(job), origin=origin)
+        record = Record(secrets.token_hex(4), name, started=time.time(), job=dict(job), origin=origin, init=init)
         run = cls(path, record, lock)
         try:
             run.update()

@@ -31,6 +31,7 @@ class Options:
         address: of an existing Ray cluster; None starts an embedded one.
         runs: parent of the run directories.
         resume: "auto", "never", or the path or URL of a run directory or checkpoint folder.
+        init_from: path or URL of a run directory or checkpoint folder to take only the weights from; or empty.
         keep_warm: seconds that an existing cluster's fork servers stay for the next launch on it.
         fresh: start every rank as a fresh interpreter instead of a fork.
         quiet: no words of our own on the terminal.
@@ -41,6 +42,7 @@ class Options:
     address: str | None = None
     runs: str | Path = "runs"
     resume: str = "auto"
+    init_from: str = ""
     keep_warm: float = 0.0
     fresh: bool = False
     quiet: bool = False

@@ -56,9 +56,9 @@ def test_the_option_surface_is_frozen() -> None:
     """A new option is a decision: change this list with it."""
     spellings = option_spellings()
     assert sorted(name for name, takes_value in spellings.items() if takes_value) == [
-        "--address", "--keep-warm", "--local-addr", "--local-ranks-filter", "--log-dir", "--master-addr",
-        "--master-port", "--max-restarts", "--monitor-interval", "--network-interface", "--nnodes", "--node-rank",
-        "--nodes", "--nproc-per-node", "--numa-binding", "--placement", "--rdzv-backend", "--rdzv-conf",
+        "--address", "--init-from", "--keep-warm", "--local-addr", "--local-ranks-filter", "--log-dir",
+        "--master-addr", "--master-port", "--max-restarts", "--monitor-interval", "--network-interface", "--nnodes",
+        "--node-rank", "--nodes", "--nproc-per-node", "--numa-binding", "--placement", "--rdzv-backend", "--rdzv-conf",
         "--rdzv-endpoint", "--rdzv-id", "--redirects", "--resume", "--role", "--run-dir", "--start-method", "--tee",
         "-r", "-t",
     ]  # fmt: skip

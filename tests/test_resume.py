@@ -186,6 +186,27 @@ def test_a_destination_that_cannot_be_written_is_refused_for_an_old_run_too(tmp_
     start.close()
 
 
+def test_a_run_that_began_with_anothers_weights_is_continued_by_the_same_command(tmp_path: Path) -> None:
+    runs, folder = tmp_path / "runs", tmp_path / "elsewhere"
+    with pytest.raises(JobError, match="--init-from: there is no complete checkpoint at"):
+        decide_start(job(), runs=runs, resume="auto", init_from=str(folder), on_message=print)
+    a_checkpoint(folder, job(seed=9))
+    a_run(job(), runs)
+    start = decide_start(job(), runs=runs, resume="auto", init_from=str(folder), on_message=print)
+    assert start.run is None
+    path = start.open(job(), runs, YAML).path
+    assert path.name == "0002"
+    start.close()
+    for again in (str(folder), ""):
+        start = decide_start(job(), runs=runs, resume="auto", init_from=again, on_message=print)
+        assert start.run is not None
+        assert start.run.path == path
+        assert start.run.record.init == str(folder)
+        start.close()
+    with pytest.raises(JobError, match="--init-from: cannot stand beside a path in --resume"):
+        decide_start(job(), runs=runs, resume=str(folder), init_from=str(folder), on_message=print)
+
+
 # ---- launches
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import flip, shard_files
-from dltrain.checkpoint.reader import catalogue
+from dltrain.checkpoint.reader import catalogue, open_manifest, read
 from dltrain.core.errors import JobError
 from dltrain.core.job import Job
 from dltrain.core.pulse import Pulse
@@ -23,7 +23,7 @@ from dltrain.training.reporter import ChannelReporter
 JOB: dict[str, Any] = {"model": {"widths": [2], "hidden": 4}, "train": {"steps": 4, "evaluate_every": 100}}
 
 
-def train(folder: Path, *restore: Path, **changes: dict[str, Any]) -> list[Message]:
+def train(folder: Path, *restore: Path, init_from: str = "", **changes: dict[str, Any]) -> list[Message]:
     """Train the job with ``changes`` and checkpoints in ``folder``; what its persister told the agent."""
     values = {key: JOB.get(key, {}) | changes.get(key, {}) for key in JOB | changes}
     job = Job.model_validate(values)
@@ -46,7 +46,7 @@ def train(folder: Path, *restore: Path, **changes: dict[str, Any]) -> list[Messa
             reporter=reporter,
             pulse=Pulse.create(),
         )
-        trainer.run(restore_urls=[str(folder), *map(str, restore)], tracking={})
+        trainer.run(restore_urls=[str(folder), *map(str, restore)], tracking={}, init_from=init_from)
         return heard.receive()
     finally:
         torch.set_rng_state(state)
@@ -90,3 +90,32 @@ def test_a_checkpoint_before_the_first_row_of_metrics_waits_for_none(tmp_path: P
     assert saved[0] == 1
     assert saved == sorted(saved)
     assert saved[-1] == 4
+
+
+def test_a_run_may_begin_with_anothers_weights_alone(tmp_path: Path) -> None:
+    train(tmp_path / "one", train={"steps": 3, "ema": 0.5})
+    before = read(Storage(str(tmp_path / "one")), open_manifest(Storage(str(tmp_path / "one")), 3))
+    still = {"steps": 1, "ema": 0.5, "optimizer": {"name": "sgd", "lr": 1e-30, "momentum": 0.0, "weight_decay": 0.0}}
+    train(tmp_path / "two", init_from=str(tmp_path / "one"), train=still)
+    storage = Storage(str(tmp_path / "two"))
+    manifest = open_manifest(storage, 1)
+    assert manifest.cursor.step == 1
+    after = read(storage, manifest)
+    weights = [name for name in before if name.startswith("model.") and before[name].is_floating_point()]
+    weights = [name for name in weights if "running" not in name]  # which every batch changes
+    assert weights
+    for name in weights:
+        assert torch.equal(after[name], before[name])
+        if (average := name.replace("model.", "ema.", 1)) in after:
+            assert torch.equal(after[average], before[name])  # not the other run's average
+    train(tmp_path / "three", init_from=str(tmp_path / "one"), train={"steps": 1})
+    third = read(Storage(str(tmp_path / "three")), open_manifest(Storage(str(tmp_path / "three")), 1))
+    counts = [value for name, value in third.items() if name.endswith(".step")]
+    assert counts
+    assert all(float(count) == 1 for count in counts)  # and not 4
+    wider = {"widths": [3], "hidden": 4}
+    with pytest.raises(
+        JobError, match=r"--init-from: the weights of step 3 do not fit .* is \[2, .* there, \[3, .* here"
+    ):
+        train(tmp_path / "four", init_from=str(tmp_path / "one"), model=wider)
+    assert not steps(tmp_path / "four")

@@ -96,10 +96,10 @@ class Trainer:
         )
         self._snapshots = Snapshots(persister, storage, job, rank=ctx.rank, world=world, reporter=reporter)
 
-    def run(self, *, restore_urls: Sequence[str], tracking: dict[str, Any]) -> None:
+    def run(self, *, restore_urls: Sequence[str], tracking: dict[str, Any], init_from: str = "") -> None:
         """Train to the end, or to the step at which all ranks agree to stop; save, and report how it ended."""
         self._tracking = tracking
-        start = self._restore(restore_urls)
+        start = self._restore(restore_urls, init_from)
         self._say_setup(start)
         done = self._steps(start)
         end = done if self._course.ended else self._plan.total_steps
@@ -118,7 +118,7 @@ class Trainer:
             status = "finished" if finished else "stopped"
             self._reporter.send("end", status=status, step=done, metrics=metrics)
 
-    def _restore(self, urls: Sequence[str]) -> int:
+    def _restore(self, urls: Sequence[str], init_from: str) -> int:
         """Load the newest checkpoint, if there is one, and settle the normalisation; the number of completed steps.
 
         Raises:
@@ -126,6 +126,8 @@ class Trainer:
         """
         self._pulse.mark("checkpoint")
         manifest = self._snapshots.restore(self._engine, urls)
+        if manifest is None and init_from:
+            self._snapshots.initialize(self._engine, init_from)
         if self._job.data.normalize:
             self._normalizer = (
                 self._fit_normalizer()

@@ -15,15 +15,16 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.manifest import CorruptCheckpoint, Manifest
-from ..checkpoint.reader import catalogue, open_manifest, read
+from ..checkpoint.reader import catalogue, open_manifest
 from ..checkpoint.retention import set_aside
 from ..checkpoint.saving import Snapshot, description
 from ..checkpoint.writer import PieceKey, assign, held, plan_shard
-from ..core.contracts import Engine, ShardedState
+from ..core.contracts import Engine
 from ..core.errors import DltrainError, JobError, Problem
 from ..core.formats import is_url
 from ..core.job import Job
 from ..core.storage import Storage
+from .filling import AFRESH, Filler, fill_all, fill_weights
 from .persistence import Persister, PersisterLost
 from .reporter import Reporter
 from .staging import Stage, image_size
@@ -34,7 +35,6 @@ _PATIENCE = 5.0  # seconds that the last checkpoint is waited for without a word
 _HOPELESS = 60.0  # seconds that a failing storage is tried when training is over
 _STAGES = 2
 _STARTS = 5  # persisters that are tried for one snapshot
-_AFRESH = "'--resume never' starts afresh"
 
 
 class SaveFailed(DltrainError):
@@ -249,7 +249,7 @@ class Snapshots:
         """
         for url in urls:
             storage = Storage(url, self._job.checkpoint.options if is_url(url) else None)
-            manifest = self._restore_from(storage, engine)
+            manifest = self._load_newest(storage, engine, fill_all, where="checkpoint.to")
             if manifest is not None:
                 if str(storage) == str(self._storage):
                     self.newest = manifest.step
@@ -258,14 +258,25 @@ class Snapshots:
                 return manifest
         return None
 
-    def _restore_from(self, storage: Storage, engine: Engine) -> Manifest | None:
+    def initialize(self, engine: Engine, url: str) -> None:
+        """Take only the weights from the newest whole checkpoint in the folder ``url``.
+
+        Raises:
+            JobError: they do not fit the model, or no checkpoint there is whole.
+        """
+        storage = Storage(url, self._job.checkpoint.options if is_url(url) else None)
+        names = {name for names in self._all([*engine.state()]) for name in names if name.startswith("model.")}
+        self._load_newest(storage, engine, partial(fill_weights, names=names), where="--init-from")
+
+    def _load_newest(self, storage: Storage, engine: Engine, fill: Filler, *, where: str) -> Manifest | None:
+        """Load the newest checkpoint that is whole with ``fill``; None where there is none at all."""
         newest: str | None = None
         for step in self._all([entry.step for entry in catalogue(storage)] if self._rank == 0 else [])[0]:
             failure: str | None = None
             manifest: Manifest | None = None
             try:
                 manifest = open_manifest(storage, step)
-                engine.load(partial(_fill, storage, manifest))
+                engine.load(partial(fill, storage, manifest))
             except (CorruptCheckpoint, OSError) as error:
                 failure = f"rank {self._rank}: {error}"
             failures = [item for item in self._all(failure) if item is not None]
@@ -275,7 +286,7 @@ class Snapshots:
                 self._reporter.send("note", text=f"checkpoint of step {step} is not usable: {failures[0]}")
             newest = newest or failures[0]
         if newest is not None:
-            raise JobError(Problem(f"no checkpoint in {storage} is usable: {newest}", "checkpoint.to", _AFRESH))
+            raise JobError(Problem(f"no checkpoint in {storage} is usable: {newest}", where, AFRESH))
         return None
 
     def _all(self, value: T) -> list[T]:
@@ -285,25 +296,3 @@ class Snapshots:
         gathered: list[T | None] = [None] * self._world
         dist.all_gather_object(gathered, value)
         return gathered  # pyright: ignore[reportReturnType]  # each place is filled
-
-
-def _fill(storage: Storage, manifest: Manifest, shards: ShardedState) -> None:
-    """Copy the checkpoint's slices into ``shards``; only these are read.
-
-    Raises:
-        JobError: the checkpoint has no tensor of a shard's name and whole shape.
-        CorruptCheckpoint: a piece of it is damaged.
-    """
-    for name, shard in shards.items():
-        entry = manifest.tensors.get(name)
-        if entry is None and name.startswith("optimizer."):
-            what = f"the checkpoint of step {manifest.step} has no {name}"
-            raise JobError(Problem(what, "train.optimizer", _AFRESH))
-        if entry is None or tuple(entry.shape) != shard.shape:
-            found = f"shape {tuple(entry.shape)}" if entry else "nothing of that name"
-            what = f"the checkpoint of step {manifest.step} holds {found} where the model has {name} {shard.shape}"
-            raise JobError(Problem(what, "model", _AFRESH))
-    saved = read(storage, manifest, {name: shard.bounds() for name, shard in shards.items()})
-    with torch.no_grad():
-        for name, shard in shards.items():
-            shard.take(saved[name])

@@ -47,6 +47,8 @@ class Assignment:
     tracking: dict[str, Any]
     lease: str
     """The token of this run's lease on the checkpoints."""
+    init_from: str = ""
+    """Folder of checkpoints to take the weights from where there is nothing to restore; or empty."""
 
 
 def run_ranked(body: dict[str, Any], *, channel: Channel, pulse: Pulse, news: socket.socket) -> int:
@@ -66,6 +68,7 @@ def run_ranked(body: dict[str, Any], *, channel: Channel, pulse: Pulse, news: so
             restore_urls=tuple(body["restore_urls"]),
             tracking=body["tracking"],
             lease=body["lease"],
+            init_from=body["init_from"],
         )
         _train(assignment, ctx, persister, reporter, pulse)
         reporter.send("done")
@@ -121,7 +124,7 @@ def _train(assignment: Assignment, ctx: Context, persister: Persister, reporter:
         reporter=reporter,
         pulse=pulse,
     )
-    trainer.run(restore_urls=assignment.restore_urls, tracking=assignment.tracking)
+    trainer.run(restore_urls=assignment.restore_urls, tracking=assignment.tracking, init_from=assignment.init_from)
     if ctx.world_size > 1:
         dist.barrier()  # nobody leaves while another still needs it
     pulse.mark("end")

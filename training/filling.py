@@ -1,0 +1,77 @@
+"""Filling a rank's shards from a checkpoint: all of them, or the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.reader import read
+from ..core.contracts import ShardedState
+from ..core.errors import JobError, Problem
+from ..core.storage import Storage
+
+AFRESH = "'--resume never' starts afresh"
+
+_SHOWN = 4
+
+#: Copies a checkpoint's slices into shards.
+Filler = Callable[[Storage, Manifest, ShardedState], None]
+
+
+def fill_all(storage: Storage, manifest: Manifest, shards: ShardedState) -> None:
+    """Copy the checkpoint's slices into ``shards``; only these are read.
+
+    Raises:
+        JobError: the checkpoint has no tensor of a shard's name and whole shape.
+        CorruptCheckpoint: a piece of it is damaged.
+    """
+    for name, shard in shards.items():
+        entry = manifest.tensors.get(name)
+        if entry is None and name.startswith("optimizer."):
+            what = f"the checkpoint of step {manifest.step} has no {name}"
+            raise JobError(Problem(what, "train.optimizer", AFRESH))
+        if entry is None or tuple(entry.shape) != shard.shape:
+            found = f"shape {tuple(entry.shape)}" if entry else "nothing of that name"
+            what = f"the checkpoint of step {manifest.step} holds {found} where the model has {name} {shard.shape}"
+            raise JobError(Problem(what, "model", AFRESH))
+    saved = read(storage, manifest, {name: shard.bounds() for name, shard in shards.items()})
+    with torch.no_grad():
+        for name, shard in shards.items():
+            shard.take(saved[name])
+
+
+def fill_weights(storage: Storage, manifest: Manifest, shards: ShardedState, *, names: set[str]) -> None:
+    """Copy the checkpoint's weights and buffers into the model's; averages begin at them, the optimizer at nothing.
+
+    Args:
+        names: the model's tensors on all ranks.
+
+    Raises:
+        JobError: the checkpoint's model and this one differ in names or shapes; it says in which.
+        CorruptCheckpoint: a piece of it is damaged.
+    """
+    saved = {name for name in manifest.tensors if name.startswith("model.")}
+    wrong = [f"it has no {name}" for name in sorted(names - saved)]
+    wrong += [f"the model has no {name}" for name in sorted(saved - names)]
+    sources = {name: name.replace("ema.", "model.", 1) for name in shards if not name.startswith("optimizer.")}
+    for name, source in sorted(sources.items()):
+        entry = manifest.tensors.get(source)
+        if name == source and entry is not None and tuple(entry.shape) != shards[name].shape:
+            wrong.append(f"{name} is {list(entry.shape)} there, {list(shards[name].shape)} here")
+    if wrong:
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        what = f"the weights of step {manifest.step} do not fit the model: {'; '.join(wrong[:_SHOWN])}{more}"
+        raise JobError(Problem(what, "--init-from", "the recipe and 'model' must be those that the weights are of"))
+    slices = {source: shards[name].bounds() for name, source in sources.items()}
+    for name, source in sources.items():
+        if slices[source] != shards[name].bounds():
+            raise ValueError(f"{name} is cut otherwise than {source}")
+    found = read(storage, manifest, slices)
+    with torch.no_grad():
+        for name, shard in shards.items():
+            if name in sources:
+                shard.take(found[sources[name]])
+            else:
+                shard.data.zero_()  # as optimizers begin
