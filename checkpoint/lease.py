@@ -2,7 +2,7 @@
 
 The file is renewed while the run goes on. A run that finds another's is refused, unless the other is known to be over:
 its process is gone (where that can be seen), or nobody has renewed it for :data:`TTL` seconds. What is guaranteed on
-which storage is in docs/decisions/0019-lease.md.
+which storage is in docs/decisions/0021-lease.md.
 """
 
 from __future__ import annotations
