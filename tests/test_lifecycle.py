@@ -139,7 +139,8 @@ def victim(box: Sandbox, name: str) -> int:
 
 
 def _children(box: Sandbox) -> set[int]:
-    return {pid for name in ("dltrain-rank0", "dltrain-rank1", "dltrain-store") for pid in box.named(name)}
+    names = [f"dltrain-{what}{rank}" for what in ("rank", "save") for rank in (0, 1)]
+    return {pid for name in (*names, "dltrain-store") for pid in box.named(name)}
 
 
 @pytest.mark.parametrize(
