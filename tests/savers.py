@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import torch.distributed as dist
 from checkpoints import make_state, rows
 from dltrain.checkpoint.saving import GivenUp, Patience, Saving, Snapshot
 from dltrain.checkpoint.tensors import to_bytes
@@ -48,13 +50,13 @@ class Silent(Reporter):
 
 
 class Holder:
-    """What :class:`Snapshots` needs of an engine: the state of a step, in which every number tells the step."""
+    """What :class:`Snapshots` needs of an engine: this rank's rows of the state of a step."""
 
     def __init__(self, step: int) -> None:
-        self._state = state_of(step)
+        self._state = rows(state_of(step), int(os.environ["WORLD_SIZE"]))[int(os.environ["RANK"])]
 
     def state(self) -> ShardedState:
-        return rows(self._state, 1)[0]
+        return self._state
 
 
 def state_of(step: int) -> dict[str, Tensor]:
@@ -64,11 +66,14 @@ def state_of(step: int) -> dict[str, Tensor]:
     return {**make_state(step), "model.net.big": torch.full((BIG,), step, dtype=torch.float64)}
 
 
-def open_snapshots(url: str, *, rank: int = 0) -> tuple[Snapshots, Persister, Silent]:
+def open_snapshots(url: str) -> tuple[Snapshots, Persister, Silent]:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     reporter, persister = Silent(), Persister()
+    if world > 1:
+        dist.init_process_group("gloo")
     persister.open(url=url, options={}, rank=rank, keep=2, best={"metric": None, "goal": "min"}, lease="")
     job = Job.model_validate({})
-    return Snapshots(persister, Storage(url), job, rank=0, world=1, reporter=reporter), persister, reporter
+    return Snapshots(persister, Storage(url), job, rank=rank, world=world, reporter=reporter), persister, reporter
 
 
 def take(snapshots: Snapshots, step: int) -> None:
@@ -76,13 +81,14 @@ def take(snapshots: Snapshots, step: int) -> None:
 
 
 def saves_while_its_persister_is_killed(url: str, kills: int, seed: int) -> int:
-    """Save ``kills`` steps; the persister dies at a random moment of each."""
+    """Save ``kills`` steps; at a random moment of each the persister of one rank, in turn, dies."""
     snapshots, persister, reporter = open_snapshots(url)
     moments = random.Random(seed)
     for step in range(1, kills + 1):
         take(snapshots, step)
         time.sleep(moments.uniform(0, 0.02))
-        os.kill(persister.pid, signal.SIGKILL)
+        if step % int(os.environ["WORLD_SIZE"]) == int(os.environ["RANK"]):
+            os.kill(persister.pid, signal.SIGKILL)
         snapshots.finish(60)
     lost = [message for message in reporter.said if "was lost" in message.get("text", "")]
     assert lost, reporter.said
@@ -183,4 +189,22 @@ def saves_while_the_folder_is_away(url: str) -> int:
     assert len(told()) == 4, told()  # a word for each that could not be written, one when it could
     assert all("NotADirectoryError" in why or "File exists" in why for why in told()[:-1]), told()
     assert told()[-1] == ""
+    return 0
+
+
+def saves_while_the_disk_is_full(url: str, filler: str) -> int:
+    """Save step 1; take step 2 with no room for it, which is made when that has been told."""
+    snapshots, _, reporter = open_snapshots(url)
+    take(snapshots, 1)
+    snapshots.finish(60)
+    Path(filler).write_bytes(bytes(shutil.disk_usage(url).free - (64 << 10)))
+    take(snapshots, 2)
+    deadline = time.monotonic() + 60
+    while not any(message["t"] == "trouble" for message in reporter.said) and time.monotonic() < deadline:
+        snapshots.poll()
+        time.sleep(0.01)
+    Path(filler).unlink()
+    snapshots.finish(60)
+    whys = [message["why"] for message in reporter.said if message["t"] == "trouble"]
+    assert "No space left on device" in whys[0], whys
     return 0

@@ -20,7 +20,7 @@ from dltrain.core.errors import JobError
 from dltrain.core.storage import Storage
 from launching import Sandbox
 from savers import FACTS
-from stage import JOB, WAIT_AT, gate, put_recipe, wait_at_gate
+from stage import JOB, STEPS, gate, put_recipe, wait_at_gate
 
 
 @pytest.fixture(autouse=True)
@@ -141,5 +141,5 @@ def test_a_second_launch_into_one_folder_is_refused(sandbox: Sandbox, tmp_path: 
         closed.unlink()
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
-    assert (tmp_path / f"shared/step-{WAIT_AT:08d}").exists()
+    assert (tmp_path / f"shared/step-{STEPS:08d}/manifest.json").exists()
     assert not (tmp_path / "shared/lease.json").exists()

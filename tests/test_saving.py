@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import savers
@@ -14,6 +17,9 @@ from dltrain.core.storage import Storage
 from ranks import run_ranks, train_ranks
 from runs import RunFolder
 from savers import state_of
+
+if TYPE_CHECKING:
+    from s3_server import S3Server
 
 MODEL = ("model.widths=[4]", "model.hidden=8", "train.microbatches=2")
 
@@ -67,13 +73,25 @@ def test_a_save_that_is_killed_at_any_change_of_the_storage_leaves_the_one_befor
     assert check(local) == step
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("world", "kills"), [(2, 4), pytest.param(1, 100, marks=pytest.mark.slow)])
 def test_a_persister_that_is_killed_is_replaced_and_the_snapshot_is_not_lost(
-    local: Storage, tmp_path: Path, kills: int
+    local: Storage, tmp_path: Path, world: int, kills: int
 ) -> None:
-    ended = run_ranks(savers.saves_while_its_persister_is_killed, 1, tmp_path, str(local), kills, 1, timeout=280)
-    assert ended == [0], (tmp_path / "rank0.log").read_text()
+    ended = run_ranks(savers.saves_while_its_persister_is_killed, world, tmp_path, str(local), kills, 1, timeout=280)
+    assert ended == [0] * world, [(tmp_path / f"rank{rank}.log").read_text() for rank in range(world)]
     assert check(local) == kills
+
+
+@pytest.mark.slow
+def test_a_persister_that_is_killed_while_it_uploads_to_s3(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    url = f"s3://{s3.new_bucket(monkeypatch)}/run"
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    program = savers.saves_while_its_persister_is_killed
+    ended = run_ranks(program, 1, tmp_path, url, 20, 3, timeout=280, environ=aws)
+    assert ended == [0], (tmp_path / "rank0.log").read_text()
+    assert check(Storage(url)) == 20
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
@@ -94,3 +112,23 @@ def test_a_storage_that_fails_is_tried_until_it_is_back_and_the_newest_snapshot_
     assert ended == [0], (tmp_path / "rank0.log").read_text()
     assert [entry.step for entry in catalogue(local)] == [4, 1]
     assert check(local) == 4
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_of_and_the_snapshot_is_written_when_there_is_room(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(small)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, timeout=30, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        folder = small / "run"
+        ended = run_ranks(savers.saves_while_the_disk_is_full, 1, tmp_path, str(folder), str(small / "filler"))
+        assert ended == [0], (tmp_path / "rank0.log").read_text()
+        assert check(Storage(str(folder))) == 2
+    finally:
+        savers.wait_until_gone("dltrain-save0", tmp_path)
+        subprocess.run(["umount", str(small)], check=True, timeout=30)
