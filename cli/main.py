@@ -23,6 +23,10 @@ from .render import exit_code, render_error
 
 _JOB_HELP = "A job file (default ./dltrain.yaml, else the built-in job) and key.path=value overrides."
 
+_RUN_HELP = "A run's folder, a job's name (its newest run), or name/number (default: the run launched last)."
+_Run = Annotated[str | None, typer.Argument(metavar="RUN", help=_RUN_HELP, show_default=False)]
+_Runs = Annotated[str, typer.Option("--run-dir", metavar="DIR", help="Parent of the run directories.")]
+
 app = typer.Typer(
     name="dltrain",
     add_completion=False,
@@ -176,3 +180,55 @@ def prepare(
         end_token=end_token,
         force=force,
     )
+
+
+@app.command("status")
+def status(
+    run: _Run = None,
+    run_dir: _Runs = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print how a run stands: state, step, ranks, loss, restarts, goodput.
+
+    Exit code: 0 running or finished, 1 failed or died, 2 no such run, 3 stopped.
+    """
+    from pathlib import Path
+
+    from .runs import show_status
+
+    raise typer.Exit(show_status(run, Path(run_dir), as_json=as_json))
+
+
+@app.command("logs")
+def logs(
+    run: _Run = None,
+    run_dir: _Runs = "runs",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends, over restarts.")] = False,
+    rank: Annotated[list[int] | None, typer.Option("--rank", metavar="N", help="This rank only; repeatable.")] = None,
+    node: Annotated[list[int] | None, typer.Option("--node", metavar="N", help="This node only; repeatable.")] = None,
+    generation: Annotated[
+        list[int] | None, typer.Option("--generation", metavar="N", help="This start of the ranks only; repeatable.")
+    ] = None,
+) -> None:
+    """Print what a run's ranks printed, of every start of the ranks."""
+    from pathlib import Path
+
+    from ..launcher.logs import Pick
+    from .runs import show_logs
+
+    pick = Pick(rank or None, node or None, generation or None)
+    raise typer.Exit(show_logs(run, Path(run_dir), pick=pick, follow=follow))
+
+
+@app.command("stop")
+def stop(
+    run: _Run = None,
+    run_dir: _Runs = "runs",
+    now: Annotated[bool, typer.Option("--now", help="At once, without a last checkpoint.")] = False,
+) -> None:
+    """Stop a run of this machine as Ctrl-C does: a job saves a checkpoint, and can go on from there."""
+    from pathlib import Path
+
+    from .runs import ask_to_stop
+
+    raise typer.Exit(ask_to_stop(run, Path(run_dir), now=now))

@@ -19,8 +19,10 @@ from .controller import Controller, Ending
 from .generation import Program
 from .goodput import Goodput
 from .interrupt import StopRequests
+from .live import Live
 from .metrics import Metrics
 from .policy import Action
+from .processes import Driver
 from .rundir import RunDir, State, describe_environment
 from .session import Session
 from .view import View, duration
@@ -90,7 +92,11 @@ def carry_out(work: Work, session: Session, view: View, stop: StopRequests, good
         Interrupted: it was asked to stop.
     """
     run = work.run
-    run.update(state="running", command=tuple(sys.argv))
+    layout = (*run.record.ranks_per_node, (run.record.generations, session.demand.ranks))
+    run.update(
+        state="running", command=tuple(sys.argv), driver=Driver.here(), logs=str(work.logs), ranks_per_node=layout
+    )
+    view = Live(view, run, goodput, stop, stop_grace=work.recovery.stop_grace)
     metrics = Metrics(run, work.tracking, config=work.config, on_message=view.note)
     try:
         session.adopt(run, work.logs)
@@ -112,7 +118,7 @@ def _finish(
     state: State,
     ending: Ending | None,
     goodput: Goodput,
-    view: View,
+    view: Live,
     stop: StopRequests,
 ) -> RunResult:
     """Give the trackers their last chance, until the user has had enough, and complete the run directory."""
@@ -122,6 +128,7 @@ def _finish(
     outcome = metrics.finish(_TRACKER_TIMEOUT, failed=state == "failed", give_up=lambda: stop.count >= enough)
     if outcome.state == "incomplete":
         view.note(outcome.message)
+    view.close()
     run.update(state=state)
     result = _result(state, run, ending, goodput, outcome)
     if metrics.last_step >= 0:

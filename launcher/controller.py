@@ -272,6 +272,7 @@ class Controller:
                 keep(self._run.path, step=message["step"], name=message["name"], png=b64decode(message["png"]))
             case "saved":
                 self._last_words["saved"] = message["step"]
+                self._view.saved(message["step"])
             case "trouble":
                 self._take_trouble(message)
             case "end":

@@ -21,6 +21,7 @@ from typing import Any, Literal, Self
 
 from ..core.errors import JobError, Problem, RunFailed
 from ..core.job import Job
+from .processes import Driver
 
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -43,7 +44,7 @@ class Record:
     Attributes:
         id: unique; also the W&B run's id.
         name: the job's name.
-        state: "running" also when the launcher was killed; the lock tells.
+        state: "running" also when the launcher was killed; its driver tells.
         started: Unix time of the first launch in seconds.
         job: the resolved job; empty for a script.
         command: the command line of the last launch.
@@ -51,6 +52,9 @@ class Record:
         step: completed optimizer steps that are in the metrics.
         origin: the folder with another run's checkpoints that it was told to start from; or empty.
         init: the folder with checkpoints that it took its first weights from; or empty.
+        driver: the process of the last launch.
+        logs: the folder of the ranks' logs.
+        ranks_per_node: how many ranks a node has had, each with the first generation that it is true of.
     """
 
     id: str
@@ -63,6 +67,21 @@ class Record:
     step: int = 0
     origin: str = ""
     init: str = ""
+    driver: Driver | None = None
+    logs: str = ""
+    ranks_per_node: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def read(cls, run: Path) -> Self | None:
+        """The record in a run directory; None where there is none, or it is damaged."""
+        try:
+            data: dict[str, Any] = json.loads((run / "run.json").read_text())
+            data["command"] = tuple(data["command"])
+            data["ranks_per_node"] = tuple((first, count) for first, count in data.get("ranks_per_node", ()))
+            data["driver"] = Driver.from_json(data["driver"]) if data.get("driver") else None
+            return cls(**data)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
 
 
 class RunDir:
@@ -100,6 +119,7 @@ class RunDir:
             raise
         assert lock is not None, "a new folder has no other owner"
         record = Record(secrets.token_hex(4), name, started=time.time(), job=dict(job), origin=origin, init=init)
+        record = replace(record, driver=Driver.here())
         run = cls(path, record, lock)
         try:
             run.update()
@@ -112,11 +132,8 @@ class RunDir:
     @classmethod
     def reopen(cls, path: Path) -> Self | None:
         """An existing run directory; None when another launcher is using it, or it is none."""
-        try:
-            data: dict[str, Any] = json.loads((path / "run.json").read_text())
-            data["command"] = tuple(data["command"])
-            record = Record(**data)
-        except (OSError, ValueError, TypeError, KeyError):
+        record = Record.read(path)
+        if record is None:
             return None
         lock = _try_lock(path)
         return cls(path, record, lock) if lock is not None else None
@@ -141,8 +158,11 @@ class RunDir:
         except FileNotFoundError:
             return ""
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str, *, sync: bool = True) -> None:
         """Write a file of the run directory as a whole: temporary name, sync, rename.
+
+        Args:
+            sync: wait until it is on the disk; without, a crash of the machine may lose or empty it.
 
         Raises:
             RunFailed: it cannot be written, because the disk is full, say. What was there before stays.
@@ -153,8 +173,9 @@ class RunDir:
             target.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("w", encoding="utf-8") as file:
                 file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
             partial.rename(target)
         except OSError as error:
             with contextlib.suppress(OSError):

@@ -59,6 +59,9 @@ class View(ABC):
     def beats(self, node: int, beats: Sequence[RankBeat]) -> None:
         """Where a node's ranks are."""
 
+    def saved(self, step: int) -> None:
+        """A checkpoint after ``step`` completed steps is complete."""
+
     @abstractmethod
     def output(self, rank: int, stream: Stream, text: bytes) -> None:
         """A rank printed ``text``."""

@@ -27,6 +27,7 @@ class Staged(CnnRecipe):
     raise_once_at: raise ValueError("staged"), the first time.
     exit_at: end the process with code 0.
     hang_in_evaluation: wait in evaluations as long as there is a file ``hang``.
+    say: print this at the beginning.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Staged(CnnRecipe):
         raise_once_at: int = -1,
         exit_at: int = -1,
         hang_in_evaluation: bool = False,
+        say: str = "",
         **model: Any,
     ) -> None:
         super().__init__(**model)
@@ -45,6 +47,8 @@ class Staged(CnnRecipe):
         self._waiting, self._raised = Path(f"waiting-{me}"), Path(f"raised-{me}")
         self._raise_at, self._raise_once_at, self._exit_at = raise_at, raise_once_at, exit_at
         self._hang_in_evaluation = hang_in_evaluation
+        if say:
+            print(say)
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: dltrain.Batch) -> Tensor:
         self._wait_while(Path(f"wait-at-{batch.step}"))

@@ -18,9 +18,10 @@ import pytest
 import torch
 from dltrain.cli.options import parse_launch
 from dltrain.core.config import load_job
+from dltrain.core.job import Job
 from dltrain.core.storage import Storage
 from dltrain.data.prepare import prepare
-from dltrain.launcher.rundir import Record
+from dltrain.launcher.rundir import Record, RunDir
 from dltrain.models.registry import RECIPES
 from launching import Sandbox
 
@@ -90,6 +91,10 @@ def test_commands_can_be_typed(line: str, folder: Path) -> None:
             write_run(Path("/".join(Path(word).parts[:3])))
         elif word.startswith("runs/"):
             Path(word).mkdir(parents=True, exist_ok=True)
+    if words[0] in ("status", "logs", "stop"):
+        run = RunDir.create(Path("runs"), "digits", Job().model_dump(mode="json"))
+        run.update(state="finished")
+        run.close()
     if words[0] != "launch":
         done = subprocess.run([BIN / "dltrain", *words], capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
@@ -101,7 +106,8 @@ def test_commands_can_be_typed(line: str, folder: Path) -> None:
 
 def test_there_are_commands() -> None:
     """A guard against a pattern that finds nothing."""
-    assert {line.split()[1] for line in commands()} == {"launch", "config", "data", "checkpoint"}
+    top = {"launch", "config", "data", "checkpoint", "status", "logs", "stop"}
+    assert {line.split()[1] for line in commands()} == top
     assert len(list(commands())) > 15
 
 

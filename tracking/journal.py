@@ -82,7 +82,8 @@ class Journal:
         self._synced_at = -math.inf
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         size = os.fstat(self._fd).st_size
-        whole, self.last_step = _last_row(self._fd)
+        whole, row = _last_row(self._fd)
+        self.last_step = row.step if row is not None else -1
         if whole < size:
             os.ftruncate(self._fd, whole)
             self._say("torn", f"{self.path}: cut off {size - whole} bytes of a row that a crash left unfinished")
@@ -240,19 +241,28 @@ def _decode(line: bytes) -> Row | None:
     return Row(step, time, {k: _NAMES.get(v, v) if isinstance(v, str) else v for k, v in record.items()})
 
 
-def _last_row(fd: int) -> tuple[int, int]:
-    """Where the last whole row ends, in bytes, and its step; (0, -1) when there is none."""
+def last_row(path: str | Path) -> Row | None:
+    """The last whole row of a metrics file; None when it has none, or cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return _last_row(file.fileno())[1]
+    except OSError:
+        return None
+
+
+def _last_row(fd: int) -> tuple[int, Row | None]:
+    """Where the last whole row ends, in bytes, and the row; (0, None) when there is none."""
     if os.fstat(fd).st_size == 0:
-        return 0, -1
+        return 0, None
     with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as file:
         end = file.rfind(b"\n") + 1
         while end:
             start = file.rfind(b"\n", 0, end - 1) + 1
             row = _decode(file[start:end])
             if row is not None:
-                return end, row.step
+                return end, row
             end = start
-    return 0, -1
+    return 0, None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,0 +1,103 @@
+"""Processes of this machine that another one looks after: told apart for good, looked at, and signalled safely."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+_GONE = ("", "Z", "X")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process by its number and its start, which together no other process ever has.
+
+    Attributes:
+        pid: its number, in this process's namespace.
+        started: when it started, in clock ticks since the machine did (proc(5)).
+    """
+
+    pid: int
+    started: int
+
+    @classmethod
+    def of(cls, pid: int) -> Self | None:
+        """The process that has this number now, if there is one."""
+        fields = _stat(pid)
+        return cls(pid, int(fields[19])) if fields else None
+
+    @property
+    def state(self) -> str:
+        """The kernel's letter for what it does: R runs, S sleeps, D waits for a device, T is stopped; "" is gone."""
+        fields = _stat(self.pid)
+        return fields[0] if fields and int(fields[19]) == self.started else ""
+
+    @property
+    def alive(self) -> bool:
+        return self.state not in _GONE
+
+    def signal(self, signum: int) -> bool:
+        """Send a signal to this process alone, and never to a later one with its number; whether it was there."""
+        with suppress(ProcessLookupError):
+            fd = os.pidfd_open(self.pid)  # whoever has the number now; if that is still this one after, it was before
+            try:
+                if self.alive:
+                    signal.pidfd_send_signal(fd, signum)
+                    return True
+            finally:
+                os.close(fd)
+        return False
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The process that drives a run.
+
+    Attributes:
+        host: name of its machine.
+        place: the start of that machine, and its namespace of process numbers.
+        process: the process there.
+        since: Unix time in seconds at which it took up the run.
+    """
+
+    host: str
+    place: str
+    process: Process
+    since: float
+
+    @classmethod
+    def here(cls) -> Self:
+        """This process, from now on."""
+        me = Process.of(os.getpid())
+        assert me is not None
+        return cls(socket.gethostname(), _place(), me, time.time())
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        return cls(data["host"], data["place"], Process(**data["process"]), data["since"])
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs, or ran, where this process can see it."""
+        return self.place == _place()
+
+
+def _stat(pid: int) -> list[str]:
+    """What proc(5) says of a process from its state (field 3) on; nothing when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()  # the name in parentheses may hold anything
+
+
+def _place() -> str:
+    """Where process numbers mean the same: one start of one machine, and one namespace on it."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

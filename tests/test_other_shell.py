@@ -1,0 +1,255 @@
+"""``dltrain status``, ``logs`` and ``stop``: a run looked at and ended from another process."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dltrain.core.errors import JobError
+from dltrain.core.job import Job
+from dltrain.launcher.logs import Logs, Pick
+from dltrain.launcher.processes import Driver, Process
+from dltrain.launcher.rundir import Record, RunDir
+from dltrain.launcher.runs import find_run, look, stop_run
+from launching import Sandbox, wait_for
+from stage import JOB, LAUNCH, STEPS, WAIT_AT, gate, put_recipe, run_of, wait_at_gate
+
+DRIVER = """
+import os, sys
+from pathlib import Path
+from dltrain.launcher.rundir import RunDir
+run = RunDir.create(Path(sys.argv[1]), "mine", {})
+print("there", flush=True)
+sys.stdin.read()
+"""
+
+
+def finished(runs: Path, name: str, **changes: Any) -> Path:
+    run = RunDir.create(runs, name, Job(name=name).model_dump(mode="json"))
+    run.update(state="finished", **changes)
+    run.close()
+    return run.path
+
+
+@pytest.fixture
+def driven(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has made the run mine/0001, and holds it."""
+    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        yield process
+        process.kill()
+
+
+# ---- which run
+
+
+def test_a_run_is_found_by_path_name_or_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tmp_path / "runs"
+    first, second, other = finished(runs, "mine"), finished(runs, "mine"), finished(runs, "other")
+    monkeypatch.chdir(tmp_path)
+    assert find_run(Path("runs"), None) == other
+    again = RunDir.reopen(first)
+    assert again is not None
+    again.update(driver=Driver.here())  # launched again, last of all
+    again.close()
+    assert find_run(Path("runs"), None) == first
+    for word in ("mine", "runs/mine", "mine/2", "mine/0002", "runs/mine/latest", str(second)):
+        assert find_run(Path("runs"), word) == second
+    with pytest.raises(JobError, match=r"there is no run 'min' in runs \(did you mean 'mine'\?\)"):
+        find_run(Path("runs"), "min")
+    with pytest.raises(JobError, match="there is no run in elsewhere"):
+        find_run(Path("elsewhere"), None)
+
+
+def test_a_driver_that_is_gone_without_a_word_is_told_from_one_that_lives(
+    tmp_path: Path, driven: subprocess.Popen[str]
+) -> None:
+    run = tmp_path / "mine/0001"
+    assert (look(run).state, look(run).pid, look(run).here) == ("running", driven.pid, True)
+    driven.kill()
+    wait_for(lambda: look(run).state == "died", what="the end to be noticed")  # not reaped yet: a zombie is no driver
+    driven.wait()
+    assert look(run).state == "died"
+
+
+def test_a_later_process_with_the_drivers_number_is_not_taken_for_it(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "mine", {})
+    me = Driver.here()
+    run.update(driver=replace(me, process=replace(me.process, started=me.process.started - 1)))
+    assert not replace(me.process, started=me.process.started - 1).signal(signal.SIGKILL)
+    assert look(run.path).state == "died"
+    assert stop_run(run.path, now=True, say=print).state == "died"  # and this process goes on
+    run.close()
+
+
+def test_a_driver_on_another_machine_is_left_alone(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "mine", {})
+    run.update(driver=replace(Driver.here(), host="far", place="another start"))
+    assert (look(run.path).state, look(run.path).here) == ("running", False)
+    with pytest.raises(JobError, match=r"on far, which is not this machine .*on far: dltrain stop"):
+        stop_run(run.path, now=False, say=print)
+    run.close()
+
+
+def test_a_record_without_a_driver_is_read(tmp_path: Path) -> None:
+    path = finished(tmp_path, "mine", step=7)
+    data = json.loads((path / "run.json").read_text())
+    for key in ("driver", "logs", "ranks_per_node"):
+        del data[key]
+    (path / "run.json").write_text(json.dumps(data))
+    assert (look(path).state, look(path).step) == ("finished", 7)
+    assert Process.of(2**22 + 1) is None
+
+
+# ---- what the ranks printed
+
+
+def put(run: Path, generation: int, rank: int, text: bytes, stream: str = "stdout") -> None:
+    folder = run / f"logs/attempt-{generation}/rank-{rank}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{stream}.log").open("ab") as file:
+        file.write(text)
+
+
+def test_logs_are_of_every_generation_and_of_whom_was_asked_for(tmp_path: Path) -> None:
+    run = finished(tmp_path, "mine", ranks_per_node=((0, 1), (1, 2)))
+    for generation, rank in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
+        put(run, generation, rank, f"{generation}{rank}\n".encode())
+    put(run, 0, 0, b"half", "stderr")
+    everything = [b"0, rank 0] half", b"0, rank 0] 00", b"0, rank 1] 01", b"1, rank 0] 10", b"1, rank 1] 11"]
+    everything.append(b"1, rank 2] 12")
+    assert sorted(Logs(run).read()) == sorted(b"[generation " + line + b"\n" for line in everything)
+    assert [line[-3:-1] for line in Logs(run, Pick(ranks=[1])).read()] == [b"01", b"11"]
+    assert [line[-3:-1] for line in Logs(run, Pick(nodes=[1])).read()] == [b"01", b"12"]
+    assert [line[-3:-1] for line in Logs(run, Pick(generations=[0], ranks=[1])).read()] == [b"01"]
+
+
+def test_following_takes_in_what_comes_until_the_end(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "mine", {})
+    put(run.path, 0, 0, b"a\nb")
+    got: list[bytes] = []
+
+    def follow() -> None:
+        for line in Logs(run.path).follow():
+            got.append(line)
+
+    reader = threading.Thread(target=follow)
+    reader.start()
+    wait_for(lambda: len(got) == 1, what="the first line")
+    put(run.path, 0, 0, b"c\n")
+    wait_for(lambda: len(got) == 2, what="the second line")
+    put(run.path, 0, 0, b"d")  # the generation dies in the middle of a line
+    put(run.path, 1, 0, b"e\n")
+    wait_for(lambda: len(got) == 4, what="the next generation")
+    put(run.path, 1, 0, b"f")
+    run.update(state="failed")
+    reader.join(30)
+    assert not reader.is_alive()
+    assert got == [
+        f"[generation {g}, rank 0] {t}\n".encode() for g, t in ((0, "a"), (0, "bc"), (0, "d"), (1, "e"), (1, "f"))
+    ]
+    run.close()
+
+
+# ---- the commands, against a launch
+
+
+def as_json(box: Sandbox, *args: str) -> dict[str, Any]:
+    return json.loads(box.run("status", "--json", *args).stdout)
+
+
+def test_a_launch_is_seen_followed_and_stopped(sandbox: Sandbox) -> None:
+    put_recipe(sandbox)
+    (sandbox.folder / "until-told").touch()
+    closed = gate(sandbox)
+    with sandbox.start(*LAUNCH, *JOB, "model.say=hello") as process:
+        wait_at_gate(sandbox, process)
+        status = wait_for(
+            lambda: (s := as_json(sandbox)) and len(s["ranks"]) == 2 and s["ranks"][1]["step"] == WAIT_AT and s,
+            what="the status to say where the ranks are",
+        )
+        assert isinstance(status, dict)
+        assert (status["state"], status["pid"], status["total_steps"]) == ("running", process.pid, STEPS)
+        assert (status["world"], status["generation"], status["checkpoint"]) == (2, 0, WAIT_AT)
+        assert [(rank["node"], rank["phase"]) for rank in status["ranks"]] == [(0, "forward"), (1, "forward")]
+        with sandbox.start("logs", "-f", "digits/1") as follower:
+            assert follower.stdout is not None
+            assert follower.stdout.readline() == "[generation 0, rank 0] hello\n"
+            closed.unlink()
+            stopped = sandbox.run("stop")
+            process.wait(60)
+            rest, _ = follower.communicate(timeout=60)
+        assert stopped.returncode == 0, stopped.stderr
+    assert process.returncode == 128 + signal.SIGINT
+    assert rest == "[generation 0, rank 1] hello\n"
+    assert f"digits/0001: stopped after step {run_of(sandbox).checkpoints()[-1]}" in stopped.stdout
+    again = sandbox.run("stop", "digits")
+    assert (again.returncode, again.stdout) == (0, stopped.stdout.splitlines()[-1] + "\n")
+    assert sandbox.run("status").returncode == 3
+    assert as_json(sandbox)["goodput"] > 0
+
+
+@pytest.mark.slow
+def test_stop_now_ends_a_run_that_does_not_heed_and_a_killed_driver_shows(sandbox: Sandbox) -> None:
+    put_recipe(sandbox)
+    gate(sandbox)  # stays closed
+    with sandbox.start(*LAUNCH, *JOB) as process:
+        wait_at_gate(sandbox, process)
+        stopped = sandbox.run("stop", "--now")
+        process.wait(60)
+        assert (stopped.returncode, process.returncode) == (0, 130), stopped.stderr
+    assert run_of(sandbox).record()["state"] == "stopped"
+    gate(sandbox)
+    with sandbox.start(*LAUNCH, *JOB) as process:
+        wait_at_gate(sandbox, process)
+        process.kill()
+        process.wait()
+    status = sandbox.run("status", "digits")
+    assert status.returncode == 1
+    assert "died: its driver is gone without a word" in status.stdout
+
+
+SCRIPT = """
+import os, pathlib, signal, sys, time
+import dltrain
+print("begun", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
+dltrain.context().log({"train/loss": 0.5}, step=3)
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os.kill(os.getpid(), signal.SIGKILL)
+deadline = time.monotonic() + 100
+while time.monotonic() < deadline:
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_is_followed_over_a_restart_and_stopped(sandbox: Sandbox) -> None:
+    (sandbox.folder / "train.py").write_text(SCRIPT, encoding="utf-8")
+    command = ("launch", "--nproc-per-node", "2", "--max-restarts", "1", "--log-dir", "kept", "train.py")
+    with sandbox.start(*command) as process:
+        wait_for(lambda: list(sandbox.folder.glob("kept/*/attempt-0/rank-0/stdout.log")), what="the first start")
+        with sandbox.start("logs", "-f", "train") as follower:
+            assert follower.stdout is not None
+            lines = [follower.stdout.readline() for _ in range(4)]
+            status = wait_for(lambda: (s := as_json(sandbox)) and s["step"] == 3 and s, what="the logged step")
+            assert isinstance(status, dict)
+            assert (status["generation"], status["restarts"], status["world"]) == (1, 1, 2)
+            assert status["metrics"] == {"train/loss": 0.5}
+            stopped = sandbox.run("stop", "train/1")
+            process.wait(60)
+            assert stopped.returncode == 0, stopped.stderr
+            rest, _ = follower.communicate(timeout=60)
+    assert sorted(lines) == [f"[generation {g}, rank {r}] begun {g}\n" for g in (0, 1) for r in (0, 1)]
+    assert "KeyboardInterrupt" in rest  # as Ctrl-C does to a script
+    assert [path.name for path in (sandbox.folder / "kept").iterdir()] == ["train-0001"]
+    assert Record.read(sandbox.folder / "runs/train/0001") is not None
