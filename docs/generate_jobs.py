@@ -12,9 +12,10 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from dltrain.cli.config import yaml_value
-from dltrain.core.job import Job
+from dltrain.core.job import Duration, Job
 from dltrain.core.schema import expected, section_of
 from dltrain.data.builtin import BUILT_IN
 from dltrain.models.registry import RECIPES
@@ -64,8 +65,11 @@ def table(model: type[BaseModel]) -> Iterator[str]:
 
 def kind(field: FieldInfo) -> str:
     """What may stand there, in words."""
+    duration = "a number of seconds, or like `30s`, `10min`, `1.5h`"
     if any(isinstance(entry, PlainValidator) for entry in field.metadata):
-        return "a number of seconds, or like `30s`, `10min`, `1.5h`"
+        return duration
+    if field.annotation == Duration | Literal["auto", "never"]:
+        return f"{duration}; 'auto' or 'never'"
     return re.sub(r"that matches (\S+)", r"that matches `\1`", expected(field.annotation, field.metadata))
 
 

@@ -29,6 +29,8 @@ from .host import ChildEvent, ForkServer, HostError, server_name
 from .machine import interface_address, interface_of, numa_nodes, rank_environment, usable_cpus, visible_gpus
 from .messages import AgentReport, ChildSpec, NodeInfo, RankBeat, RankEvent, RankPlan, Stream
 from .precheck import check_job
+from .processes import Process
+from .stacks import Look, Sheet, look_at
 
 _TAIL_INTERVAL = 0.1
 _MAX_QUEUED = 4 << 20
@@ -57,9 +59,10 @@ class _Rank:
     channel: Channel
     pulse: Pulse
     tails: list[_Tail]
+    sheet: Sheet
     news: Channel | None
     """From its persister, which may outlive it; none where it has none."""
-    pid: int = 0
+    process: Process | None = None
     ended: bool = False
 
     def over(self) -> bool:
@@ -209,7 +212,7 @@ class NodeAgent:
             events, news.events, news.text_size = news.events, [], 0
         now = time.monotonic()
         with self._lock:
-            beats = [(rank, r.pulse.read()) for rank, r in self._ranks.items() if not r.ended]
+            beats = [(r.plan.rank, r.pulse.read()) for r in self._ranks.values() if not r.ended]
         return AgentReport(events, [RankBeat(rank, b.step, b.phase, now - b.at) for rank, b in beats])
 
     def tell(self, message: dict[str, Any]) -> None:
@@ -238,6 +241,20 @@ class NodeAgent:
             for child, rank in self._ranks.items():
                 if not rank.ended:
                     self._require_server().signal(child, signum)
+
+    def look(self, timeout: float) -> dict[int, Look]:
+        """What the processes of the living ranks do, and their Python stacks where they can show them (jobs' can)."""
+        with self._lock:
+            ranks = {
+                rank.plan.rank: (rank.process, os.dup(rank.sheet.fd))
+                for rank in self._ranks.values()
+                if rank.process is not None and not rank.ended and rank.pulse.read().phase not in ("start", "user")
+            }
+        try:
+            return look_at(ranks, timeout)
+        finally:
+            for _, fd in ranks.values():
+                os.close(fd)
 
     def close_stores(self) -> None:
         """End the rendezvous stores that this node hosts."""
@@ -281,10 +298,11 @@ class NodeAgent:
         child = replace(plan.child, env=env)
         ours, theirs = socket.socketpair()
         pulse = Pulse.create()
+        sheet = Sheet()
         fds: dict[str, int] = {"channel": theirs.fileno(), "pulse": pulse.fd}
         news, its_news = socket.socketpair() if child.kind == "worker" else (None, None)
         if its_news is not None:
-            fds["news"] = its_news.fileno()
+            fds |= {"news": its_news.fileno(), "stacks": sheet.fd}
         tails: list[_Tail] = []
         streams: tuple[Stream, ...] = ("stdout", "stderr")
         for stream in streams:
@@ -298,7 +316,8 @@ class NodeAgent:
         if its_news is not None:
             its_news.close()
         said = Channel(news) if news is not None else None
-        self._ranks[key] = _Rank(plan, generation, folder / "error.json", Channel(ours), pulse, tails, said)
+        error_file = folder / "error.json"
+        self._ranks[key] = _Rank(plan, generation, error_file, Channel(ours), pulse, tails, sheet, said)
 
     # ---- the one thread that reads
 
@@ -342,14 +361,15 @@ class NodeAgent:
                 self._stores.remove(event.id)
             return []
         if event.exit is None:
-            rank.pid = event.pid
+            rank.process = Process.of(event.pid)
             self._selector.register(rank.channel, selectors.EVENT_READ)
             if rank.news is not None:
                 self._selector.register(rank.news, selectors.EVENT_READ)
             return [self._event(rank, "started", pid=event.pid)]
         rank.ended = True
         recorded = _read_json(rank.error_file)  # what elastic's @record left, if anything
-        why = {"what": event.what, "error_file": recorded}
+        beat = rank.pulse.read()
+        why = {"what": event.what, "error_file": recorded, "step": beat.step, "phase": beat.phase}
         return [*self._read_messages(rank), self._event(rank, "exit", exit=event.exit, data=why)]
 
     def _read_messages(self, rank: _Rank) -> list[RankEvent]:
@@ -391,5 +411,6 @@ class NodeAgent:
         if rank.news is not None:
             rank.news.close()
         rank.pulse.close()
+        rank.sheet.close()
         for tail in rank.tails:
             os.close(tail.fd)

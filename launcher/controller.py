@@ -18,14 +18,17 @@ from ..core.rows import RowReducer
 from ..tracking.samples import keep
 from . import untyped
 from .cluster import Cluster, loss_of
-from .failure import Casualty, casualty_of, report_json, report_text
+from .failure import Casualty, Report, blamed, casualty_of
 from .generation import Program, plan_generation
 from .goodput import Goodput
 from .interrupt import StopRequests
 from .messages import AgentReport, RankEvent
 from .metrics import Metrics
 from .policy import Decision, History, RankFailure, Status, decide
+from .reports import FailureReports
 from .rundir import RunDir
+from .stacks import Look
+from .stall import StallWatch, Standstill, stalled, tell_stall
 from .view import View
 
 _POLL = 0.5
@@ -34,6 +37,7 @@ _SILENCE = 30.0
 _DRAIN = 10.0
 _ASK = 10.0
 _PATIENCE = 3.0  # seconds that are waited without a word
+_LOOK = 2.0
 
 
 @dataclass
@@ -51,6 +55,7 @@ class _Generation:
     casualties: dict[int, Casualty] = field(default_factory=dict[int, Casualty])
     refused: list[Problem] = field(default_factory=list[Problem])
     lost: dict[int, str] = field(default_factory=dict[int, str])
+    standstill: Standstill | None = None
     ending: bool = False
     """The controller is ending it: exits from now on are its own doing."""
 
@@ -102,7 +107,7 @@ class Controller:
         self._polls: dict[Any, int] = {}
         self._heard: dict[int, float] = {}
         self._last_words: dict[str, Any] = {}
-        self._report: Path | None = None
+        self._reports = FailureReports(run, view)
         self._settling: int | None = None
         self._troubled = -1
 
@@ -121,10 +126,13 @@ class Controller:
             number += 1
             self._run.update(step=self._metrics.last_step)
             if decision.action != "restart":
-                return Ending(decision, self._last_words, self._report, len(culprits), tuple(generation.refused))
+                return Ending(
+                    decision, self._last_words, self._reports.newest, len(culprits), tuple(generation.refused)
+                )
             culprits.append(decision.culprit)
             self._goodput.restart()
-            self._view.note(f"{decision.reason}; starting all ranks again ({len(culprits)} of {history.max_restarts})")
+            again = f"starting all ranks again ({len(culprits)} of {history.max_restarts})"
+            self._view.note(f"{decision.reason}; {again}; report: {self._reports.newest}")
 
     # ---- starting
 
@@ -152,6 +160,7 @@ class Controller:
         starts = [agent.start.remote(number, plan) for agent, plan in zip(cluster.agents, plans, strict=True)]
         cluster.gather(starts, waiting_for="forking ranks")
         self._reducer = RowReducer(len(nodes) * self._nproc)
+        self._watched = StallWatch(self._recovery.stall if self._program.kind == "worker" else "never")
         self._heard = dict.fromkeys(range(len(nodes)), time.monotonic())
         return _Generation(number, len(nodes) * self._nproc, self._nproc)
 
@@ -165,6 +174,7 @@ class Controller:
             self._hear(generation)
             self._metrics.tick()
             self._settle()
+            self._look_for_stall(generation)
             if self._stop.count and told_to_stop is None:
                 told_to_stop = time.monotonic()
                 self._ask_to_stop(generation)
@@ -196,7 +206,20 @@ class Controller:
             broken=self._cluster.broken(),
             complete=self._last_words.get("status") == "finished",
             stop_asked=self._stop.count > 0,
+            stall=generation.standstill.stall if generation.standstill else None,
         )
+
+    def _look_for_stall(self, generation: _Generation) -> None:
+        """Where no rank gets any further, find out who is to blame before anything is ended."""
+        held_up = stalled(self._watched.places())
+        if not held_up or generation.standstill is not None or generation.casualties or generation.lost:
+            return
+        found: dict[int, dict[int, Look]] = self._ask(generation, "look", _LOOK, waiting_for="looking at its ranks")
+        self._hear(generation)
+        places = self._watched.places()
+        if stalled(places) and not generation.casualties:  # it has not gone on, or failed, meanwhile
+            looks = {rank: look for looks in found.values() for rank, look in looks.items()}
+            generation.standstill = tell_stall(places, looks, time.time())
 
     def _ask_to_stop(self, generation: _Generation) -> None:
         grace = self._recovery.stop_grace
@@ -207,15 +230,17 @@ class Controller:
             self._view.note(f"stopping: {signal.Signals(self._stop.signum).name} to all ranks (at most {grace:g} s)")
             self._ask(generation, "signal", self._stop.signum, waiting_for="passing on the stop")
 
-    def _ask(self, generation: _Generation, method: str, *args: Any, waiting_for: str) -> None:
-        """Call a method of every agent that is there. One that is not any more is noted as lost, and no error here."""
+    def _ask(self, generation: _Generation, method: str, *args: Any, waiting_for: str) -> dict[int, Any]:
+        """Call a method of every agent that is there; the answers by node. One that is gone is noted as lost."""
+        answers: dict[int, Any] = {}
         agents = enumerate(self._cluster.agents)
         refs = {node: getattr(agent, method).remote(*args) for node, agent in agents if node not in generation.lost}
         for node, ref in refs.items():
             try:
-                self._cluster.gather([ref], waiting_for=waiting_for, timeout=_ASK)
+                answers[node] = self._cluster.gather([ref], waiting_for=waiting_for, timeout=_ASK)[0]
             except DltrainError as error:
                 generation.lost[node] = str(error)
+        return answers
 
     def _hear(self, generation: _Generation) -> None:
         """One round of polls: whatever the agents have to tell, waiting a fraction of a second for the first."""
@@ -233,6 +258,7 @@ class Controller:
                 continue
             self._heard[node] = time.monotonic()
             self._view.beats(node, report.beats)
+            self._watched.take(node, report.beats, time.monotonic())
             for event in report.events:
                 if event.generation == generation.number:
                     self._take(generation, node, event)
@@ -260,10 +286,13 @@ class Controller:
                     self._goodput.take(row, again=row.step <= self._metrics.last_step)
                     self._metrics.row(row)
                     self._view.row(row)
+                    self._watched.row(row)
+                    self._reports.row(row)
             case "log":
                 self._metrics.log(message["step"], message["metrics"])
             case "setup":
                 self._view.setup(message)
+                self._reports.started(message["start"])
             case "note":
                 self._view.note(message["text"])
             case "settle":
@@ -273,6 +302,7 @@ class Controller:
             case "saved":
                 self._last_words["saved"] = message["step"]
                 self._view.saved(message["step"])
+                self._reports.saved(message["step"])
             case "trouble":
                 self._take_trouble(message)
             case "end":
@@ -303,8 +333,7 @@ class Controller:
         elif not generation.ending:
             said = generation.said.get(event.rank)
             log_dir = self._log_dir(generation, event.rank)
-            error_file = event.data.get("error_file")
-            casualty = casualty_of(event.rank, node, event.exit, said, error_file, log_dir, speaks=speaks)
+            casualty = casualty_of(event.rank, node, event.exit, said, event.data, log_dir, speaks=speaks)
             if generation.refused:
                 refusal = RankFailure(
                     event.rank, node, event.exit.at, "JobError", str(generation.refused[0]), final=True
@@ -369,10 +398,18 @@ class Controller:
 
     def _write_report(self, generation: _Generation, decision: Decision) -> None:
         action = "all ranks were started again" if decision.action == "restart" else "the run was ended"
-        casualties = list(generation.casualties.values())
-        stem = f"failures/{generation.number:04d}"
-        text = partial(report_text, decision, casualties, self._cluster.nodes, lost=generation.lost, action=action)
-        self._view.note(text(evidence=self._program.kind != "script"))  # a script's output has been shown
-        self._run.write(f"{stem}.txt", text())
-        self._run.write(f"{stem}.json", report_json(decision, casualties, lost=generation.lost, action=action))
-        self._report = self._run.path / f"{stem}.txt"
+        standstill = generation.standstill
+        logs = partial(self._log_dir, generation)
+        casualties = list(generation.casualties.values()) or blamed(standstill, logs)
+        steps = [place.step for place in standstill.places] if standstill else []
+        report = Report(
+            generation.number,
+            decision,
+            sorted(casualties, key=lambda casualty: casualty.failure.order),
+            self._cluster.nodes,
+            generation.lost,
+            action,
+            standstill,
+            reached=max(0, self._metrics.last_step, *steps),
+        )
+        self._reports.write(report, evidence=self._program.kind != "script")  # a script's output has been shown

@@ -31,8 +31,8 @@ def run_child(spec: ChildSpec, fds: dict[str, int]) -> NoReturn:
     """Become the child that ``spec`` describes and end the process with its exit code.
 
     ``fds`` holds duplicates of the descriptors that came with the request: ``stdout``, ``stderr``, and by kind
-    ``channel`` (socket to the agent), ``pulse`` (shared page), ``news`` (the persister's socket to the agent),
-    ``listener`` (a listening socket).
+    ``channel`` (socket to the agent), ``pulse`` (shared page), ``stacks`` (a file for Python stacks), ``news`` (the
+    persister's socket to the agent), ``listener`` (a listening socket).
     """
     try:
         _set_surroundings(spec, fds)
@@ -137,7 +137,9 @@ def _open_stream(name: str, fd: int) -> None:
 
 def _worker(body: dict[str, Any], fds: dict[str, int]) -> int:
     from ..training.worker import run_ranked
+    from .stacks import answer
 
+    answer(fds["stacks"])
     news = socket.socket(fileno=fds["news"])
     return run_ranked(body, channel=_channel(fds), pulse=Pulse(fds["pulse"]), news=news)
 

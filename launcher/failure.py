@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .messages import Exit, NodeInfo
 from .policy import Decision, RankFailure
+from .stall import Standstill
 
 _TAIL_LINES = 20
 
@@ -29,7 +30,7 @@ def casualty_of(
     node: int,
     exit_: Exit,
     said: dict[str, Any] | None,
-    error_file: dict[str, Any] | None,
+    traces: Mapping[str, Any],
     log_dir: Path,
     *,
     speaks: bool,
@@ -40,11 +41,13 @@ def casualty_of(
     torch.distributed.elastic's ``@record`` wrote; the exit code and the last line on standard error.
 
     Args:
+        traces: what the agent found: that ``error_file``, and ``step`` and ``phase`` of the last mark.
         speaks: the program is ours, which tells of every end: without a word from it, it was gone abruptly.
     """
     if said is not None:
         failure = RankFailure(rank, node, said["at"], said["error"], said["what"], said["step"], said["phase"])
         return Casualty(failure, said["traceback"], log_dir)
+    error_file: dict[str, Any] | None = traces["error_file"]
     error, trace = f"exit code {exit_.code}", ""
     if exit_.signal is not None:
         error = signal.Signals(exit_.signal).name
@@ -58,7 +61,8 @@ def casualty_of(
     else:
         what = last_lines(log_dir / "stderr.log", 1)
     abrupt = exit_.signal is not None or speaks
-    return Casualty(RankFailure(rank, node, exit_.at, error, what, abrupt=abrupt), trace, log_dir)
+    step, phase = (traces["step"], traces["phase"]) if speaks else (-1, "")
+    return Casualty(RankFailure(rank, node, exit_.at, error, what, step, phase, abrupt=abrupt), trace, log_dir)
 
 
 def _recorded(error_file: dict[str, Any]) -> tuple[str, str]:
@@ -70,64 +74,151 @@ def _recorded(error_file: dict[str, Any]) -> tuple[str, str]:
     return str(message.get("message", "")), str(extra.get("py_callstack", ""))
 
 
-def report_text(
-    decision: Decision,
-    casualties: Sequence[Casualty],
-    nodes: Sequence[NodeInfo],
-    *,
-    lost: Mapping[int, str],
-    action: str,
-    evidence: bool = True,
-) -> str:
-    """The report as text: cause first, then its traceback or last output, then who else fell, then what was done.
-
-    Args:
-        lost: what is known of each lost node.
-        evidence: left out where the terminal has shown the ranks' output already.
-    """
-    lines = [f"The run failed: {decision.reason}."]
-    ordered = sorted(casualties, key=lambda c: c.failure.order)
-    if decision.culprit is None:
-        for node, what in sorted(lost.items()):
-            lines += ["", f"Node {node} ({_host(nodes, node)}):", *(f"  {line}" for line in what.splitlines())]
-    elif ordered:
-        lines += ["", *_first_failure(ordered.pop(0), nodes, evidence=evidence)]
-    if ordered:
-        others = [c.failure for c in ordered]
-        lines += ["", "Then:"]
-        lines += [
-            f"  rank {f.rank} (node {f.node}): {f.error} {f.what.splitlines()[0] if f.what else ''}" for f in others
-        ]
-    lines += ["", f"Done about it: {action}"]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
-
-
-def _first_failure(first: Casualty, nodes: Sequence[NodeInfo], *, evidence: bool) -> list[str]:
-    failure = first.failure
-    lines = [f"First failure: rank {failure.rank}, node {failure.node} ({_host(nodes, failure.node)})"]
-    if failure.phase:
-        step = f"step {failure.step}" if failure.step >= 0 else "before the first step"
-        lines.append(f"  phase: {failure.phase}, {step}")
-    lines.append(f"  error: {failure.error}{': ' + failure.what if failure.what else ''}")
-    lines.append(f"  log:   {first.log_dir}")
-    if evidence:
-        text = first.traceback.rstrip() or last_lines(first.log_dir / "stderr.log", _TAIL_LINES)
-        lines += ["", *(f"  {line}" for line in text.splitlines())] if text else []
-    return lines
-
-
-def _host(nodes: Sequence[NodeInfo], node: int) -> str:
-    return nodes[node].hostname if node < len(nodes) else "?"
-
-
-def report_json(decision: Decision, casualties: Sequence[Casualty], *, lost: Mapping[int, str], action: str) -> str:
-    """The same for programs."""
-    ranks = [
-        {**c.failure.__dict__, "traceback": c.traceback, "log_dir": str(c.log_dir)}
-        for c in sorted(casualties, key=lambda c: c.failure.order)
+def blamed(standstill: Standstill | None, logs: Callable[[int], Path]) -> list[Casualty]:
+    """The ranks that a stall is blamed on, with their stacks; ``logs`` gives a rank's log folder."""
+    if standstill is None:
+        return []
+    looks = standstill.looks
+    return [
+        Casualty(failure, looks[failure.rank].stacks if failure.rank in looks else "", logs(failure.rank))
+        for failure in standstill.stall.culprits
     ]
-    report = {"reason": decision.reason, "action": action, "lost_nodes": dict(lost), "ranks": ranks}
-    return json.dumps(report, indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a failure cost: the step that the ranks went on from, steps done again, and seconds without a new one."""
+
+    from_step: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """One generation's failure.
+
+    Attributes:
+        casualties: the ranks that failed, or that a stall is blamed on, causes before consequences.
+        lost: what is known of each lost node.
+        action: what was done about it.
+        standstill: if it is a stall: where the living ranks were, and what was seen of them.
+        reached: completed steps at the failure.
+        checkpoint: step of the newest checkpoint then; None where there was none.
+        cost: known once a new step has been made.
+    """
+
+    generation: int
+    decision: Decision
+    casualties: Sequence[Casualty]
+    nodes: Sequence[NodeInfo]
+    lost: Mapping[int, str]
+    action: str
+    standstill: Standstill | None = None
+    reached: int = 0
+    checkpoint: int | None = None
+    cost: Cost | None = None
+
+    def text(self, *, evidence: bool = True) -> str:
+        """For people: the cause, its traceback or stack or last output, who else fell or waited, and what was done.
+
+        Args:
+            evidence: left out where the terminal has shown the ranks' output already.
+        """
+        lines = [f"The run failed: {self.decision.reason}."]
+        ordered = list(self.casualties)
+        if self.decision.culprit is None:
+            for node, what in sorted(self.lost.items()):
+                lines += ["", f"Node {node} ({self._host(node)}):", *(f"  {line}" for line in what.splitlines())]
+        elif ordered:
+            lines += ["", *self._first_failure(ordered.pop(0), evidence=evidence)]
+        if ordered:
+            lines += ["", "Then:", *(_one_line(casualty.failure) for casualty in ordered)]
+        lines += self._others()
+        lines += ["", f"Done about it: {self.action}", *self._cost()]
+        return "\n".join(line.rstrip() for line in lines) + "\n"
+
+    def json(self) -> str:
+        """The same for programs."""
+        ranks = [{**asdict(c.failure), "traceback": c.traceback, "log_dir": str(c.log_dir)} for c in self.casualties]
+        report = {
+            "generation": self.generation,
+            "reason": self.decision.reason,
+            "action": self.action,
+            "lost_nodes": dict(self.lost),
+            "ranks": ranks,
+            "step": self.reached,
+            "checkpoint": self.checkpoint,
+            "cost": asdict(self.cost) if self.cost else None,
+            "stalled": self._stalled(),
+        }
+        return json.dumps(report, indent=2) + "\n"
+
+    def _stalled(self) -> list[dict[str, Any]]:
+        """All living ranks at a stall: where, for how many seconds, and their stacks or why there are none."""
+        if self.standstill is None:
+            return []
+        looks = self.standstill.looks
+        return [
+            {
+                "rank": place.rank,
+                "node": place.node,
+                "step": place.step,
+                "phase": place.phase,
+                "seconds": place.still,
+                "stacks": looks[place.rank].stacks or looks[place.rank].why_silent() if place.rank in looks else "",
+            }
+            for place in self.standstill.places
+        ]
+
+    def _first_failure(self, first: Casualty, *, evidence: bool) -> list[str]:
+        failure = first.failure
+        lines = [f"First failure: rank {failure.rank}, node {failure.node} ({self._host(failure.node)})"]
+        if failure.phase:
+            step = f"step {failure.step}" if failure.step >= 0 else "before the first step"
+            lines.append(f"  phase: {failure.phase}, {step}")
+        lines.append(f"  error: {failure.error}{': ' + failure.what if failure.what else ''}")
+        lines.append(f"  log:   {first.log_dir}")
+        if evidence:
+            text = first.traceback.rstrip() or last_lines(first.log_dir / "stderr.log", _TAIL_LINES)
+            lines += ["", *(f"  {line}" for line in text.splitlines())] if text else []
+        return lines
+
+    def _others(self) -> list[str]:
+        """Where the ranks were that a stall is not blamed on; those with the same stack together."""
+        if self.standstill is None:
+            return []
+        blamed = {casualty.failure.rank for casualty in self.casualties}
+        alike: dict[tuple[str, str], list[int]] = {}
+        for place in self.standstill.places:
+            if place.rank not in blamed:
+                look = self.standstill.looks.get(place.rank)
+                shown = look.main or look.why_silent() if look else "its node did not answer"
+                alike.setdefault((str(place), shown), []).append(place.rank)
+        lines: list[str] = []
+        for (where, shown), ranks in alike.items():
+            who = f"Rank {ranks[0]} waits" if len(ranks) == 1 else f"Ranks {', '.join(map(str, ranks))} wait"
+            lines += ["", f"{who} in {where}:", *(f"  {line}" for line in shown.splitlines())]
+        return lines
+
+    def _cost(self) -> list[str]:
+        if self.cost is not None:
+            cost = self.cost
+            return [f"It cost: {cost.steps} steps done again from step {cost.from_step} on, {cost.seconds:.1f} s"]
+        if self.decision.action != "fail" or not self.reached:
+            return []
+        if self.checkpoint is None:
+            return [f"Lost: all {self.reached} steps, as there is no checkpoint"]
+        lost = max(0, self.reached - self.checkpoint)
+        return [f"Lost: {lost} steps since the newest checkpoint, of step {self.checkpoint}"]
+
+    def _host(self, node: int) -> str:
+        return self.nodes[node].hostname if node < len(self.nodes) else "?"
+
+
+def _one_line(failure: RankFailure) -> str:
+    what = failure.what.splitlines()[0] if failure.what else ""
+    return f"  rank {failure.rank} (node {failure.node}): {failure.error} {what}"
 
 
 def last_lines(path: Path, count: int) -> str:

@@ -19,7 +19,8 @@ class RankFailure:
         what: the exception's text.
         step: optimizer step it was in; -1 before the first.
         phase: what it was doing.
-        abrupt: it was gone without a word, by a signal or by leaving early, so others may have failed because of it.
+        abrupt: it was gone without a word, by a signal or by leaving early, so others may have failed because of it; or
+            it was stopped from outside.
         final: trying again would end alike: the job itself was refused.
     """
 
@@ -40,6 +41,21 @@ class RankFailure:
 
 
 @dataclass(frozen=True)
+class Stall:
+    """No rank gets any further.
+
+    Attributes:
+        seconds: for how long.
+        where: phase and step of those furthest behind.
+        culprits: the ranks that hold up the others; none where all wait for each other.
+    """
+
+    seconds: float
+    where: str
+    culprits: tuple[RankFailure, ...] = ()
+
+
+@dataclass(frozen=True)
 class Status:
     """One generation of ranks as the controller sees it now.
 
@@ -51,6 +67,7 @@ class Status:
         broken: what of the cluster itself has died, in a few words.
         complete: the program said that it has done all it was to do.
         stop_asked: the user asked for a stop.
+        stall: what keeps all ranks from going on, though none has failed.
     """
 
     world: int
@@ -60,6 +77,7 @@ class Status:
     broken: str = ""
     complete: bool = False
     stop_asked: bool = False
+    stall: Stall | None = None
 
 
 @dataclass(frozen=True)
@@ -83,15 +101,17 @@ def decide(status: Status, history: History) -> Decision:
         return Decision("stopped" if status.stop_asked and not status.complete else "finish")
     if status.broken:
         return Decision("stopped" if status.stop_asked else "fail", status.broken)
-    if not status.failures and not status.lost_nodes:
+    if not status.failures and not status.lost_nodes and status.stall is None:
         return Decision("wait")
-    culprit = min(status.failures, key=lambda failure: failure.order) if status.failures else None
+    stall = None if status.failures or status.lost_nodes else status.stall  # what is gone makes the others wait
+    suspects = stall.culprits if stall is not None else status.failures
+    culprit = min(suspects, key=lambda failure: failure.order, default=None)
     if culprit is not None and culprit.final:
         # What an earlier generation has trained is a run that fails, and stays.
         return Decision("fail" if history.culprits else "refuse", culprit.what, culprit)
     if status.lost_nodes and not (culprit and culprit.abrupt and culprit.node not in status.lost_nodes):
         culprit = None  # ranks of a lost node took others with them
-    reason = _reason(status, culprit)
+    reason = _reason(status, culprit) if stall is None else _stalled(stall, culprit)
     if status.stop_asked:
         return Decision("stopped", f"{reason}, while stopping", culprit)
     if len(history.culprits) >= history.max_restarts:
@@ -115,10 +135,20 @@ def _reason(status: Status, culprit: RankFailure | None) -> str:
     )
 
 
+def _stalled(stall: Stall, culprit: RankFailure | None) -> str:
+    if culprit is None:
+        return f"no rank got any further for {stall.seconds:.0f} s: all wait for each other in {stall.where}"
+    others = f" (and {len(stall.culprits) - 1} more)" if len(stall.culprits) > 1 else ""
+    who = f"rank {culprit.rank} on node {culprit.node}{others}"
+    why = ": its process is stopped" if culprit.abrupt else ""
+    return f"{who} made no progress for {stall.seconds:.0f} s, in {culprit.phase} at step {culprit.step}{why}"
+
+
 def _same_bug(failure: RankFailure, earlier: RankFailure | None) -> bool:
-    """The same exception at the same step is a bug in the program, not an accident."""
+    """The same exception, or standing still, at the same step is a bug in the program, not an accident."""
     return (
         earlier is not None
+        and not failure.abrupt
         and failure.step >= 0
         and (failure.error, failure.what, failure.step) == (earlier.error, earlier.what, earlier.step)
     )

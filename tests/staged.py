@@ -26,6 +26,7 @@ class Staged(CnnRecipe):
     raise_at: raise ValueError("staged"), unless there is a file ``mended``.
     raise_once_at: raise ValueError("staged"), the first time.
     exit_at: end the process with code 0.
+    sleep_at: sleep for ever.
     hang_in_evaluation: wait in evaluations as long as there is a file ``hang``.
     say: print this at the beginning.
     """
@@ -37,6 +38,7 @@ class Staged(CnnRecipe):
         raise_at: int = -1,
         raise_once_at: int = -1,
         exit_at: int = -1,
+        sleep_at: int = -1,
         hang_in_evaluation: bool = False,
         say: str = "",
         **model: Any,
@@ -46,7 +48,7 @@ class Staged(CnnRecipe):
         self._mine = rank in (-1, me)
         self._waiting, self._raised = Path(f"waiting-{me}"), Path(f"raised-{me}")
         self._raise_at, self._raise_once_at, self._exit_at = raise_at, raise_once_at, exit_at
-        self._hang_in_evaluation = hang_in_evaluation
+        self._hang_in_evaluation, self._sleep_at = hang_in_evaluation, sleep_at
         if say:
             print(say)
 
@@ -64,6 +66,8 @@ class Staged(CnnRecipe):
             raise ValueError("staged")
         if step == self._exit_at:
             os._exit(0)
+        while step == self._sleep_at:
+            time.sleep(0.1)
 
     def metrics(self, parts: Mapping[str, nn.Module], batch: dltrain.Batch) -> dict[str, Tensor]:
         if self._mine and self._hang_in_evaluation:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from dltrain.launcher.policy import Decision, History, RankFailure, Status, decide
+from dltrain.launcher.policy import Decision, History, RankFailure, Stall, Status, decide
 
 RAISED = RankFailure(rank=1, node=0, at=10.0, error="ValueError", what="no", step=7, phase="forward")
 KILLED = RankFailure(rank=2, node=1, at=11.0, error="SIGKILL", abrupt=True)
 REFUSED = RankFailure(rank=0, node=0, at=9.0, error="JobError", what="train longer", final=True)
+STUCK = RankFailure(rank=3, node=1, at=8.0, error="stall", what="no progress in data", step=7, phase="data")
+STOPPED = replace(STUCK, what="its process is stopped", abrupt=True)
+STALL = Stall(12.0, "data, step 7", (STUCK,))
 LOST = {1: "its agent died"}
 
 
@@ -48,6 +51,35 @@ def history(restarts: int = 0, *culprits: RankFailure | None) -> History:
         # cause and consequence
         (status(failures=(RAISED, KILLED)), history(), "fail", "rank 2 on node 1 failed with SIGKILL", KILLED),
         (status(failures=(replace(RAISED, at=12.0, rank=3), RAISED)), history(), "fail", "rank 1 on", RAISED),
+        # a stall
+        (
+            status(stall=STALL),
+            history(),
+            "fail",
+            "rank 3 on node 1 made no progress for 12 s, in data at step 7",
+            STUCK,
+        ),
+        (status(stall=STALL), history(1), "restart", "made no progress", STUCK),
+        (status(stall=STALL), history(5, STUCK), "fail", "another try would end alike", STUCK),
+        (status(stall=STALL), history(5, replace(STUCK, step=6)), "restart", "made no progress", STUCK),
+        (status(stall=STALL, stop_asked=True), history(1), "stopped", "at step 7, while stopping", STUCK),
+        (
+            status(stall=replace(STALL, culprits=(STOPPED,))),
+            history(5, STOPPED),
+            "restart",
+            "step 7: its process is stopped",
+            STOPPED,
+        ),
+        (status(stall=replace(STALL, culprits=(STUCK, STOPPED))), history(1), "restart", "(and 1 more)", STOPPED),
+        (status(stall=replace(STALL, culprits=())), history(1), "restart", "all wait for each other in data, st", None),
+        (
+            status(stall=STALL, failures=(KILLED,)),
+            history(1),
+            "restart",
+            "rank 2 on node 1 failed with SIGKILL",
+            KILLED,
+        ),
+        (status(stall=STALL, lost_nodes=LOST), history(), "fail", "node 1 was lost: its agent died", None),
         # nodes
         (status(lost_nodes=LOST), history(), "fail", "node 1 was lost: its agent died", None),
         (status(lost_nodes=LOST, failures=(RAISED,)), history(), "fail", "node 1 was lost: its agent died", None),

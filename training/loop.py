@@ -252,6 +252,7 @@ class Trainer:
 
         def seeded() -> Iterator[tuple[Batch, int]]:
             for batch, count in batches:
+                self._pulse.mark("evaluate")
                 self._seed("evaluate", batch.index)  # for metrics that draw
                 yield _to(batch, self._device), count
 

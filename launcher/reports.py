@@ -1,0 +1,62 @@
+"""The failure reports of one launch: written at the failure, completed once it is known what it cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from ..core.rows import RunRow
+from .failure import Cost, Report
+from .rundir import RunDir
+from .view import View
+
+
+class FailureReports:
+    """Keeps ``failures/<generation>.txt`` and ``.json`` of the run directory, and shows them."""
+
+    def __init__(self, run: RunDir, view: View) -> None:
+        self._run, self._view = run, view
+        self._checkpoint: int | None = None
+        self._start = 0
+        self._open: tuple[Report, float] | None = None
+        self.newest: Path | None = None
+
+    def write(self, report: Report, *, evidence: bool) -> None:
+        """Keep and show a failure.
+
+        Args:
+            evidence: show tracebacks and output too.
+        """
+        report = replace(report, checkpoint=self._checkpoint)
+        self._view.note(report.text(evidence=evidence))
+        self._put(report)
+        culprit = report.decision.culprit
+        at = culprit.at if culprit is not None else time.time()
+        self._open = (report, at) if report.decision.action == "restart" else None
+
+    def started(self, step: int) -> None:
+        """The ranks begin from a checkpoint after ``step`` steps, or from nothing."""
+        self._start = step
+        self._checkpoint = step or None
+
+    def saved(self, step: int) -> None:
+        """There is a checkpoint after ``step`` steps."""
+        self._checkpoint = step
+
+    def row(self, row: RunRow) -> None:
+        """A row of metrics: the first beyond what had been reached ends the failure before it."""
+        if self._open is None or row.step <= self._open[0].reached:
+            return
+        report, at = self._open
+        self._open = None
+        cost = Cost(self._start, max(0, report.reached - self._start), max(0.0, row.at - at))
+        path = self._put(replace(report, cost=cost))
+        self._view.note(f"back after {cost.seconds:.1f} s, with {cost.steps} steps done again: {path}")
+
+    def _put(self, report: Report) -> Path:
+        stem = f"failures/{report.generation:04d}"
+        self._run.write(f"{stem}.txt", report.text())
+        self._run.write(f"{stem}.json", report.json())
+        self.newest = self._run.path / f"{stem}.txt"
+        return self.newest

@@ -1,0 +1,217 @@
+"""Ranks that stand still: noticed, told from those that wait for them, shown with their stacks, and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from dltrain.core.rows import RunRow
+from dltrain.launcher.messages import RankBeat
+from dltrain.launcher.processes import Process
+from dltrain.launcher.stacks import Look, Sheet, look_at
+from dltrain.launcher.stall import Place, StallWatch, stalled, tell_stall
+from launching import Sandbox, wait_for
+from runs import RunFolder
+from stage import JOB, LAUNCH, WAIT_AT, assert_same_run, gate, put_recipe, run_of, wait_at_gate
+
+HERE = Place(rank=0, node=0, step=25, phase="forward", still=9.0, limit=5.0)
+AHEAD = replace(HERE, rank=1, node=1, phase="backward", still=8.0)
+BUSY = Look("S", 'Current thread 0x1 (most recent call first):\n  File "/home/me/recipe.py", line 9 in loss\n')
+WAITS = Look(
+    "S",
+    'Thread 0x2 (most recent call first):\n  File "/lib/threading.py", line 1 in wait\n\n'
+    'Current thread 0x1 (most recent call first):\n  File "/lib/torch/autograd/graph.py", line 8 in _engine\n',
+)
+IN_COLLECTIVE = Look(
+    "S",
+    'Current thread 0x1 (most recent call first):\n  File "/lib/torch/nn/f.py", line 8 in f\n'
+    '  File "/lib/torch/distributed/c10d.py", line 8 in all_reduce\n  File "/home/me/recipe.py", line 9 in loss\n',
+)
+STOPPED = Look("T")
+
+
+# ---- when it is a stall, and whose
+
+
+@pytest.mark.parametrize(
+    ("places", "held_up"),
+    [
+        ((), []),
+        ((HERE, AHEAD), [0]),
+        ((replace(HERE, still=5.0), AHEAD), []),  # those ahead wait for it, but it still has time
+        ((replace(HERE, step=26), AHEAD), [1]),  # a step behind is behind, whatever the phase
+        ((HERE, replace(HERE, rank=1)), [0, 1]),
+        ((HERE, replace(HERE, rank=1, still=0.0)), []),  # one that is as far behind moves
+        ((HERE, replace(HERE, rank=1, step=24, limit=float("inf"))), []),  # still compiling, say
+    ],
+)
+def test_a_stall_is_that_of_those_furthest_behind(places: Sequence[Place], held_up: list[int]) -> None:
+    assert [place.rank for place in stalled(places)] == held_up
+
+
+@pytest.mark.parametrize(
+    ("places", "looks", "culprits"),
+    [
+        ((HERE, AHEAD), {0: BUSY, 1: WAITS}, [0]),
+        ((HERE, AHEAD), {0: WAITS, 1: WAITS}, [0]),  # in the wrong collective
+        ((HERE, AHEAD), {}, [0]),
+        ((HERE, AHEAD), {0: WAITS, 1: STOPPED}, [1]),  # stopped for certain
+        ((HERE, replace(HERE, rank=1)), {0: IN_COLLECTIVE, 1: BUSY}, [1]),
+        ((HERE, replace(HERE, rank=1)), {0: BUSY, 1: BUSY}, [0, 1]),  # both in a source that hangs, say
+        ((HERE, replace(HERE, rank=1)), {0: WAITS, 1: WAITS}, []),  # for each other
+        ((HERE,), {0: WAITS}, [0]),
+    ],
+)
+def test_who_waits_is_told_from_who_is_waited_for(
+    places: Sequence[Place], looks: dict[int, Look], culprits: list[int]
+) -> None:
+    told = tell_stall(places, looks, now=100.0)
+    assert [failure.rank for failure in told.stall.culprits] == culprits
+    assert all(
+        failure.at < 100 and failure.abrupt == (looks.get(failure.rank) == STOPPED) for failure in told.stall.culprits
+    )
+
+
+def limits(watch: StallWatch) -> list[float]:
+    return [place.limit for place in watch.places()]
+
+
+def beats(step: int, phase: str, age: float = 0.0) -> list[RankBeat]:
+    return [RankBeat(0, step, phase, age)]
+
+
+def test_limits_hold_once_a_rank_is_warm_and_grow_with_its_steps() -> None:
+    tight, loose, never = StallWatch(4.0), StallWatch("auto"), StallWatch("never")
+    for watch in (tight, loose, never):
+        watch.row(RunRow(1, 0.0, {"train/step_seconds": 9.0}, 1, 9.0, 0.0))
+        watch.take(0, beats(-1, "setup", 500.0), 0.0)
+        watch.take(0, beats(10, "forward"), 1.0)
+        watch.take(0, beats(11, "forward"), 2.0)
+        assert limits(watch) == [float("inf")]
+        watch.take(0, beats(12, "data"), 3.0)
+    assert (limits(tight), limits(loose), limits(never)) == ([4.0], [90.0], [float("inf")])
+    for phase, age in (("evaluate", 0.0), ("evaluate", 7.0), ("evaluate", 1.0)):
+        tight.take(0, beats(12, phase, age), 4.0)
+        assert limits(tight) == [float("inf")]  # the first evaluation
+    tight.take(0, beats(13, "data"), 5.0)
+    tight.take(0, beats(13, "evaluate"), 6.0)
+    assert limits(tight) == [3 * 7.0]
+    tight.take(0, [], 7.0)
+    assert tight.places() == []  # it has ended
+
+
+def test_only_time_that_was_watched_counts() -> None:
+    watch = StallWatch(4.0)
+    for step in range(3):
+        watch.take(0, beats(step, "forward"), float(step))
+    watch.take(0, beats(2, "forward", 600.0), 602.0)  # the whole machine was asleep
+    assert watch.places()[0].still == 1.0
+    for second in range(1, 5):
+        watch.take(0, beats(2, "forward", 600.0 + second), 602.0 + second)
+    assert [place.still for place in stalled(watch.places())] == [5.0]
+    watch.take(0, beats(2, "forward", 0.1), 607.0)  # the next microbatch
+    assert watch.places()[0].still == 0.0
+
+
+# ---- stacks
+
+CHILD = """
+import sys, threading
+from dltrain.launcher.stacks import answer
+answer(int(sys.argv[1]))
+print("there", flush=True)
+def stand_still():
+    sys.stdin.read()
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+stand_still()
+"""
+
+
+def test_a_process_shows_its_stacks_again_and_again_unless_it_is_stopped() -> None:
+    sheet = Sheet()
+    command = [sys.executable, "-c", CHILD, str(sheet.fd)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[sheet.fd]
+    ) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "there\n"
+            process = Process.of(child.pid)
+            assert process is not None
+            for _ in range(2):
+                wait_for(lambda: "stand_still" in look_at({3: (process, sheet.fd)}, 10)[3].main, what="the stack")
+            look = look_at({3: (process, sheet.fd)}, 10)[3]
+            assert look.stacks.count("most recent call first") == 2
+            assert re.fullmatch(
+                r'  File "<string>", line 7 in stand_still\n  File "<string>", line 9 in <module>', look.main
+            )
+            assert not look.waits
+            child.send_signal(signal.SIGSTOP)
+            wait_for(lambda: process.state == "T", what="the stop")
+            look = look_at({3: (process, sheet.fd)}, 10)[3]
+            assert (look.stopped, look.stacks) == (True, "")
+            assert "is stopped (SIGSTOP or the like)" in look.why_silent()
+        finally:
+            child.kill()
+    sheet.close()
+
+
+# ---- launches
+
+
+@pytest.fixture
+def box(sandbox: Sandbox) -> Sandbox:
+    put_recipe(sandbox)
+    return sandbox
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_and_the_run_comes_to_the_same_weights(box: Sandbox, reference: RunFolder) -> None:
+    closed = gate(box)
+    with box.start(*LAUNCH, *JOB, "recovery.stall=3s", "--max-restarts", "1") as process:
+        wait_at_gate(box, process)
+        (victim,) = box.named("dltrain-rank1")
+        os.kill(victim, signal.SIGSTOP)
+        closed.unlink()
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    assert re.search(r"rank 1 on node 1 made no progress for \d+ s, in forward at step 20: its process is stopped", out)
+    assert "starting all ranks again (1 of 1); report: " in out
+    assert_same_run(run_of(box), reference)
+    text = (run_of(box).path / "failures/0000.txt").read_text()
+    assert "First failure: rank 1, node 1" in text
+    assert "phase: forward, step 20" in text
+    assert re.search(r"Rank 0 waits in backward, step 20:\n  +File .*torch/", text), text
+    assert re.search(r"It cost: \d+ steps done again from step 20 on, \d+\.\d s", text), text
+
+
+@pytest.mark.slow
+def test_a_rank_that_sleeps_for_ever_is_shown_with_its_stack(box: Sandbox) -> None:
+    done = box.run(*LAUNCH, *JOB, "recovery.stall=3s", "model.sleep_at=25", "model.rank=0")
+    assert done.returncode == 1
+    assert re.search(r"rank 0 on node 0 made no progress for \d+ s, in forward at step 25\b", done.stderr), done.stderr
+    path = run_of(box).path / "failures/0000.txt"
+    assert f"report: {path}" in done.stderr
+    text = path.read_text()
+    assert re.search(r'File ".*staged\.py", line \d+ in _act', text), text
+    assert re.search(r"Rank 1 waits in backward, step 25:\n  +File .*torch/", text), text
+    assert "Lost: 5 steps since the newest checkpoint, of step 20" in text
+    report = json.loads(path.with_suffix(".json").read_text())
+    assert [(rank["rank"], rank["phase"], rank["step"]) for rank in report["ranks"]] == [(0, "forward", 25)]
+    assert [(at["rank"], at["phase"]) for at in report["stalled"]] == [(0, "forward"), (1, "backward")]
+
+
+@pytest.mark.slow
+def test_a_rank_that_stalls_at_the_same_step_twice_is_not_tried_a_third_time(box: Sandbox) -> None:
+    done = box.run(*LAUNCH, *JOB, "recovery.stall=2s", "model.sleep_at=25", "model.rank=0", "--max-restarts", "5")
+    assert done.returncode == 1
+    assert "the same as before, so another try would end alike" in done.stderr
+    assert len(list((run_of(box).path / "failures").glob("*.txt"))) == 2
+    assert WAIT_AT in run_of(box).checkpoints()
