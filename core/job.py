@@ -315,7 +315,7 @@ class RecoverySpec(Spec):
     """Time that ranks get to end after the first Ctrl-C or SIGTERM before they are killed."""
     stall: Duration | Literal["auto", "never"] = "auto"
     """How long a rank may stay in one place of a step before that counts as a failure. 'auto' is ten times the slowest
-    step, and a minute at least; 'never' lets ranks hang. Scripts are not watched: they do not say where they are."""
+    step, and two minutes at least; 'never' lets ranks hang. Scripts are not watched: they do not say where they are."""
 
     @field_validator("stall", mode="before")
     @classmethod

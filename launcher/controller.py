@@ -401,7 +401,7 @@ class Controller:
         standstill = generation.standstill
         logs = partial(self._log_dir, generation)
         casualties = list(generation.casualties.values()) or blamed(standstill, logs)
-        steps = [place.step for place in standstill.places] if standstill else []
+        steps = [place.step for place in standstill.places] if standstill else [c.failure.step for c in casualties]
         report = Report(
             generation.number,
             decision,

@@ -42,8 +42,21 @@ class Process:
     def alive(self) -> bool:
         return self.state not in _GONE
 
+    @property
+    def foreign(self) -> bool:
+        """Whether it is another user's, which this process may not signal."""
+        try:
+            self.signal(0)
+        except PermissionError:
+            return True
+        return False
+
     def signal(self, signum: int) -> bool:
-        """Send a signal to this process alone, and never to a later one with its number; whether it was there."""
+        """Send a signal to this process alone, and never to a later one with its number; whether it was there.
+
+        Raises:
+            PermissionError: it is another user's.
+        """
         with suppress(ProcessLookupError):
             fd = os.pidfd_open(self.pid)  # whoever has the number now; if that is still this one after, it was before
             try:

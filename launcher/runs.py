@@ -180,7 +180,7 @@ def stop_run(run: Path, *, now: bool, say: Callable[[str], None]) -> RunStatus:
     Nothing happens to a run that is not running. One that has been asked already is not asked again, but waited for.
 
     Raises:
-        JobError: its driver is on another machine.
+        JobError: its driver is on another machine, or another user's.
         RunFailed: it did not end in time.
     """
     status = look(run)
@@ -191,6 +191,8 @@ def stop_run(run: Path, *, now: bool, say: Callable[[str], None]) -> RunStatus:
         what = f"{status.name} is driven by process {status.pid} on {status.host}, which is not this machine"
         raise JobError(Problem(what, hint=f"on {status.host}: dltrain stop {run}{' --now' if now else ''}"))
     process = record.driver.process
+    if process.foreign:
+        raise JobError(Problem(f"{status.name} is driven by process {status.pid}, which is another user's"))
     for request in range(status.stop_requests, 2 if now else 1):
         apart = time.monotonic() + (_SEPARATE if request > status.stop_requests else 0.0)
         while process.alive and time.monotonic() < apart:

@@ -14,7 +14,7 @@ from .messages import RankBeat
 from .policy import RankFailure, Stall
 from .stacks import Look
 
-_FLOOR = 60.0
+_FLOOR = 120.0  # a recompilation, a storage that tries again: what passes by itself is not to end a run
 _TIMES_STEP = 10.0
 _TIMES_LONGEST = 3.0
 _WARM = 2  # steps after which nothing is compiled or allocated for the first time

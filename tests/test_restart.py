@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from textwrap import dedent
 
 from launching import Sandbox
@@ -32,5 +33,11 @@ def test_ranks_go_on_from_the_newest_checkpoint(sandbox: Sandbox) -> None:
     run = sandbox.folder / "runs/dies/0001"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 81))
-    assert "rank 1 on node 1 failed with SIGKILL" in (run / "failures/0000.txt").read_text(encoding="utf-8")
+    report = (run / "failures/0000.txt").read_text(encoding="utf-8")
+    assert "rank 1 on node 1 failed with SIGKILL" in report
+    assert "phase: forward, step 50" in report
+    assert re.search(r"It cost: 10 steps done again from step 40 on, \d+\.\d s", report), report
+    assert re.search(r"back after .* 10 steps done again: .*/failures/0000.txt", done.stdout)
+    cost = json.loads((run / "failures/0000.json").read_text(encoding="utf-8"))["cost"]
+    assert (cost["from_step"], cost["steps"]) == (40, 10)
     assert {path.name for path in (run / "logs").iterdir()} == {"attempt-0", "attempt-1"}

@@ -90,13 +90,13 @@ def beats(step: int, phase: str, age: float = 0.0) -> list[RankBeat]:
 def test_limits_hold_once_a_rank_is_warm_and_grow_with_its_steps() -> None:
     tight, loose, never = StallWatch(4.0), StallWatch("auto"), StallWatch("never")
     for watch in (tight, loose, never):
-        watch.row(RunRow(1, 0.0, {"train/step_seconds": 9.0}, 1, 9.0, 0.0))
+        watch.row(RunRow(1, 0.0, {"train/step_seconds": 15.0}, 1, 15.0, 0.0))
         watch.take(0, beats(-1, "setup", 500.0), 0.0)
         watch.take(0, beats(10, "forward"), 1.0)
         watch.take(0, beats(11, "forward"), 2.0)
         assert limits(watch) == [float("inf")]
         watch.take(0, beats(12, "data"), 3.0)
-    assert (limits(tight), limits(loose), limits(never)) == ([4.0], [90.0], [float("inf")])
+    assert (limits(tight), limits(loose), limits(never)) == ([4.0], [150.0], [float("inf")])
     for phase, age in (("evaluate", 0.0), ("evaluate", 7.0), ("evaluate", 1.0)):
         tight.take(0, beats(12, phase, age), 4.0)
         assert limits(tight) == [float("inf")]  # the first evaluation
@@ -206,6 +206,36 @@ def test_a_rank_that_sleeps_for_ever_is_shown_with_its_stack(box: Sandbox) -> No
     report = json.loads(path.with_suffix(".json").read_text())
     assert [(rank["rank"], rank["phase"], rank["step"]) for rank in report["ranks"]] == [(0, "forward", 25)]
     assert [(at["rank"], at["phase"]) for at in report["stalled"]] == [(0, "forward"), (1, "backward")]
+
+
+SOURCE = """
+import time
+import dltrain, torch
+
+class Sticks(torch.utils.data.Dataset):
+    def __init__(self):
+        self.served = 0
+    def __len__(self):
+        return 256
+    def __getitem__(self, index):
+        self.served += 1
+        while self.served > 400 and dltrain.context().rank == 1:
+            time.sleep(0.1)
+        return {"x": torch.full((1, 8, 8), index / 256), "y": index % 10}
+"""
+
+
+@pytest.mark.slow
+def test_a_source_that_sticks_is_named_with_the_stack_of_its_thread(box: Sandbox) -> None:
+    (box.folder / "sticky.py").write_text(SOURCE, encoding="utf-8")
+    source = ("data.source=sticky:Sticks", "data.normalize=false", "train.evaluate_every=1000", "checkpoint.every=null")
+    done = box.run(*LAUNCH, *JOB, *source, "recovery.stall=3s")
+    assert done.returncode == 1
+    assert re.search(r"rank 1 on node 1 made no progress for \d+ s, in data at step \d+", done.stderr), done.stderr
+    text = (run_of(box).path / "failures/0000.txt").read_text()
+    assert re.search(r'File ".*sticky\.py", line \d+ in __getitem__', text), text
+    assert "Rank 0 waits in backward" in text
+    assert "steps, as there is no checkpoint" in text
 
 
 @pytest.mark.slow
