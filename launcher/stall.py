@@ -83,7 +83,9 @@ class StallWatch:
             if all(beat.rank != rank for beat in beats):
                 del self._ranks[rank]  # it has ended
         for beat in beats:
-            seen = self._ranks.setdefault(beat.rank, _Seen(node, beat, now))
+            seen = self._ranks.get(beat.rank)
+            if seen is None or beat.step < seen.beat.step:  # what came first was an older generation's last word
+                seen = self._ranks[beat.rank] = _Seen(node, beat, now)
             before = seen.beat
             moved = (beat.step, beat.phase) != (before.step, before.phase) or beat.age < before.age
             if moved and before.phase in _BETWEEN:

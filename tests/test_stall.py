@@ -90,6 +90,7 @@ def beats(step: int, phase: str, age: float = 0.0) -> list[RankBeat]:
 def test_limits_hold_once_a_rank_is_warm_and_grow_with_its_steps() -> None:
     tight, loose, never = StallWatch(4.0), StallWatch("auto"), StallWatch("never")
     for watch in (tight, loose, never):
+        watch.take(0, beats(30, "forward", 8.0), -1.0)  # of the generation before, still on its way
         watch.row(RunRow(1, 0.0, {"train/step_seconds": 15.0}, 1, 15.0, 0.0))
         watch.take(0, beats(-1, "setup", 500.0), 0.0)
         watch.take(0, beats(10, "forward"), 1.0)
