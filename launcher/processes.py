@@ -74,13 +74,15 @@ class Driver:
 
     Attributes:
         host: name of its machine.
-        place: the start of that machine, and its namespace of process numbers.
+        boot: the machine's present start (random(4)).
+        namespace: what process numbers are good for there (pid_namespaces(7)).
         process: the process there.
         since: Unix time in seconds at which it took up the run.
     """
 
     host: str
-    place: str
+    boot: str
+    namespace: str
     process: Process
     since: float
 
@@ -89,16 +91,24 @@ class Driver:
         """This process, from now on."""
         me = Process.of(os.getpid())
         assert me is not None
-        return cls(socket.gethostname(), _place(), me, time.time())
+        return cls(socket.gethostname(), _boot(), _namespace(), me, time.time())
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        return cls(data["host"], data["place"], Process(**data["process"]), data["since"])
+        fields: dict[str, Any] = {**data, "process": Process(**data["process"])}
+        return cls(**fields)
 
     @property
     def is_here(self) -> bool:
         """Whether it runs, or ran, where this process can see it."""
-        return self.place == _place()
+        return (self.boot, self.namespace) == (_boot(), _namespace())
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended for certain: as this process sees, or with an earlier start of this machine."""
+        if self.is_here:
+            return not self.process.alive
+        return self.host == socket.gethostname() and self.boot != _boot()
 
 
 def _stat(pid: int) -> list[str]:
@@ -110,7 +120,9 @@ def _stat(pid: int) -> list[str]:
     return text.rpartition(")")[2].split()  # the name in parentheses may hold anything
 
 
-def _place() -> str:
-    """Where process numbers mean the same: one start of one machine, and one namespace on it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _namespace() -> str:
+    return str(Path("/proc/self/ns/pid").readlink())

@@ -161,9 +161,7 @@ def standing(record: Record) -> Standing:
     """The state of a run, its driver's life considered where this machine can see it."""
     if record.state != "running":
         return record.state
-    driver = record.driver
-    gone = driver is None or (driver.is_here and not driver.process.alive)
-    return "died" if gone else "running"
+    return "died" if record.driver is None or record.driver.gone else "running"
 
 
 def _facts(run: Path) -> dict[str, Any]:

@@ -94,10 +94,12 @@ def test_a_later_process_with_the_drivers_number_is_not_taken_for_it(tmp_path: P
 
 def test_a_driver_on_another_machine_is_left_alone(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "mine", {})
-    run.update(driver=replace(Driver.here(), host="far", place="another start"))
+    run.update(driver=replace(Driver.here(), host="far", boot="another"))
     assert (look(run.path).state, look(run.path).here) == ("running", False)
     with pytest.raises(JobError, match=r"on far, which is not this machine .*on far: dltrain stop"):
         stop_run(run.path, now=False, say=print)
+    run.update(driver=replace(Driver.here(), boot="an earlier one"))
+    assert look(run.path).state == "died"  # the machine has started anew since
     run.close()
 
 
