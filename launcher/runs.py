@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import JobError, Problem, RunFailed, did_you_mean
-from ..tracking.journal import last_row
+from ..tracking.journal import last_row, plain
 from .live import FILE
 from .rundir import Record, newest_run
 
@@ -72,7 +72,12 @@ class RunStatus:
     here: bool
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "run": str(self.run)}
+        """Strict JSON, numbers that it does not have as in the metrics file."""
+        return {
+            **asdict(self),
+            "run": str(self.run),
+            "metrics": {name: plain(value) for name, value in self.metrics.items()},
+        }
 
 
 def find_run(runs: Path, word: str | None) -> Path:

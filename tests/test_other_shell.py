@@ -19,6 +19,7 @@ from dltrain.launcher.logs import Logs, Pick
 from dltrain.launcher.processes import Driver, Process
 from dltrain.launcher.rundir import Record, RunDir
 from dltrain.launcher.runs import find_run, look, stop_run
+from dltrain.tracking.journal import Journal
 from launching import Sandbox, wait_for
 from stage import JOB, LAUNCH, STEPS, WAIT_AT, gate, put_recipe, run_of, wait_at_gate
 
@@ -111,6 +112,16 @@ def test_a_record_without_a_driver_is_read(tmp_path: Path) -> None:
     (path / "run.json").write_text(json.dumps(data))
     assert (look(path).state, look(path).step) == ("finished", 7)
     assert Process.of(2**22 + 1) is None
+
+
+def test_status_is_strict_json_whatever_the_loss_has_become(tmp_path: Path) -> None:
+    path = finished(tmp_path, "mine")
+    journal = Journal(path / "metrics.jsonl")
+    journal.append(8, {"train/loss": 0.5})
+    journal.append(9, {"train/loss": float("nan"), "n": 3})
+    journal.close()
+    assert look(path).step == 9
+    assert json.loads(json.dumps(look(path).to_json(), allow_nan=False))["metrics"] == {"train/loss": "NaN", "n": 3}
 
 
 # ---- what the ranks printed

@@ -161,8 +161,8 @@ class Journal:
         try:
             text = json.dumps(record, allow_nan=False, separators=(",", ":"))
         except (TypeError, ValueError):
-            plain = {str(name): _plain(value) for name, value in record.items()}
-            text = json.dumps(plain, allow_nan=False, separators=(",", ":"))
+            strict = {str(name): plain(value) for name, value in record.items()}
+            text = json.dumps(strict, allow_nan=False, separators=(",", ":"))
         return text.encode() + b"\n"
 
     def _trouble(self, error: OSError) -> None:
@@ -217,8 +217,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         yield from rows
 
 
-def _plain(value: object) -> Scalar:
-    """``value`` as something strict JSON can hold."""
+def plain(value: object) -> Scalar:
+    """``value`` as something strict JSON can hold: a number that it does not have as its name."""
     if isinstance(value, (bool, int, str)):
         return value
     try:
