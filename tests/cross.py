@@ -16,8 +16,9 @@ from dltrain.core.storage import Storage
 from dltrain.strategies.build import build_engine
 from dltrain.training.context import context
 from dltrain.training.loop import Trainer
+from dltrain.training.persistence import Persister
 from dltrain.training.recipes import load_recipe
-from dltrain.training.reporter import Reporter, StandaloneReporter
+from dltrain.training.reporter import StandaloneReporter
 from dltrain.training.snapshot import Snapshots
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ SETUPS: dict[str, tuple[int, tuple[str, ...]]] = {
     "zero3 × 2": (2, ("parallel.strategy=zero3",)),
     "zero3 × 4": (4, ("parallel.strategy=zero3",)),
     "tensor × 2": (2, ("parallel.tensor=2",)),
+    "pipeline × 2": (2, ("parallel.pipeline=2",)),
     "fsdp × 2, tensor × 2": (4, ("parallel.strategy=fsdp", "parallel.tensor=2")),
 }
 
@@ -43,17 +45,29 @@ def go_on(origins: dict[str, str], *overrides: str) -> int:
     In the folder of an origin's name, ``again`` is the checkpoint that was saved, and ``run`` the run.
     """
     ctx = context()
+    persisters = [Persister() for _ in origins]  # forks, while there are no threads
     if ctx.world_size > 1:
         dist.init_process_group("gloo")
     job = load_job(None, overrides, {}, {}).job
-    for name, folder in origins.items():
+    for persister, (name, folder) in zip(persisters, origins.items(), strict=True):
         reporter = StandaloneReporter(rank=ctx.rank, world=ctx.world_size, run_dir=_made(Path(name, "run")))
         again = Storage(str(Path(name, "again").absolute()))
-        _save_again(job, folder, again, rank=ctx.rank, world=ctx.world_size, reporter=reporter)
-        own = Storage(str(Path(name, "run", "checkpoints").absolute()))
-        device = torch.device("cpu")
-        trainer = Trainer(job, ctx=ctx, device=device, storage=own, reporter=reporter, pulse=Pulse.create())
+        best = {"metric": None, "goal": "min"}
+        url = str(Path(name, "run", "checkpoints").absolute())
+        persister.open(url=url, options={}, rank=ctx.rank, keep=3, best=best, lease="")
+        snapshots = Snapshots(persister, again, job, rank=ctx.rank, world=ctx.world_size, reporter=reporter)
+        _save_again(job, folder, again, snapshots, rank=ctx.rank, world=ctx.world_size)
+        trainer = Trainer(
+            job,
+            ctx=ctx,
+            device=torch.device("cpu"),
+            storage=Storage(url),
+            persister=persister,
+            reporter=reporter,
+            pulse=Pulse.create(),
+        )
         trainer.run(restore_urls=[folder], tracking={})
+        persister.close()
         reporter.close(10)
     if ctx.world_size > 1:
         dist.barrier()
@@ -65,7 +79,7 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _save_again(job: Job, origin: str, target: Storage, *, rank: int, world: int, reporter: Reporter) -> None:
+def _save_again(job: Job, origin: str, target: Storage, snapshots: Snapshots, *, rank: int, world: int) -> None:
     """Load a checkpoint into an engine full of nonsense, and save what the engine holds then."""
     engine = build_engine(
         job,
@@ -77,7 +91,7 @@ def _save_again(job: Job, origin: str, target: Storage, *, rank: int, world: int
         mark=lambda _: None,
     )
     engine.load(_nonsense)
-    manifest = Snapshots(target, job, rank=rank, world=world, reporter=reporter).restore(engine, [origin])
+    manifest = snapshots.restore(engine, [origin])
     assert manifest is not None, "there is a checkpoint"
     state = engine.state()
     mine = assign(_everyones(held(state), world))[rank]
