@@ -22,7 +22,8 @@ from .manifest import FORMAT, MANIFEST, Cursor, Manifest, PieceEntry, TensorEntr
 if TYPE_CHECKING:
     from ..core.contracts import ShardedState
 
-_PIECE = 8 << 20  # bytes under one hash at most, so that a slice of a large tensor can be read and verified alone
+# Bytes under one hash, so that a slice can be read and verified alone: about a 128th of the tensor, within these bounds.
+_PARTS, _LEAST, _MOST = 128, 8 << 10, 8 << 20
 _INLINE = 64 << 10  # bytes that are hashed sooner than a thread can be told to
 
 
@@ -231,8 +232,8 @@ def _stream(
     yield start
     begin = len(start)
     for (key, whole), content in zip(plan, data, strict=True):
-        done = 0
-        for offset, shape in _cut(key.offset, key.shape, ITEMSIZE[key.dtype]):
+        done, limit = 0, max(_LEAST, min(nbytes(key.dtype, whole) // _PARTS, _MOST))
+        for offset, shape in _cut(key.offset, key.shape, ITEMSIZE[key.dtype], limit):
             size = nbytes(key.dtype, shape)
             block, done = content[done : done + size], done + size
             if size <= _INLINE:
@@ -252,20 +253,20 @@ def _sha256(block: memoryview) -> str:
 
 
 def _cut(
-    offset: tuple[int, ...], shape: tuple[int, ...], itemsize: int
+    offset: tuple[int, ...], shape: tuple[int, ...], itemsize: int, limit: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes of at most ``_PIECE`` bytes (or one element) that follow each other in the row-major box given."""
+    """Boxes of at most ``limit`` bytes (or one element) that follow each other in the row-major box given."""
     size = itemsize
     for extent in shape:
         size *= extent
     axis = next((axis for axis, extent in enumerate(shape) if extent > 1), None)
-    if size <= _PIECE or axis is None:
+    if size <= limit or axis is None:
         yield offset, shape
         return
     row = size // shape[axis]
-    rows = max(1, _PIECE // row)
+    rows = max(1, limit // row)
     for first in range(0, shape[axis], rows):
         count = min(rows, shape[axis] - first)
         at = (*offset[:axis], offset[axis] + first, *offset[axis + 1 :])
         box = (*shape[:axis], count, *shape[axis + 1 :])
-        yield from _cut(at, box, itemsize)
+        yield from _cut(at, box, itemsize, limit)

@@ -71,6 +71,7 @@ CUTS: dict[str, Cut] = {
     "ddp 1": lambda state: whole(state, 1),
     "ddp 4": lambda state: whole(state, 4),
     "rows 2": lambda state: rows(state, 2),
+    "rows 3": lambda state: rows(state, 3),
     "rows 4": lambda state: rows(state, 4),
     "rows 8": lambda state: rows(state, 8),
     "grid 4": grid,
@@ -91,8 +92,12 @@ def test_what_was_cut_finer_is_read_once(counted: str, saved: str, loaded: str) 
     assert 1 <= amplification(counted, state, CUTS[loaded](state)) <= 1.05
 
 
-@pytest.mark.parametrize("saved", ["ddp 1", "rows 2"])
-def test_of_a_large_tensor_each_rank_reads_its_slice(counted: str, saved: str) -> None:
-    state: State = {"model.m.large": torch.arange(8 << 20, dtype=torch.int32).reshape(-1, 1 << 10)}
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [("ddp 1", "rows 2"), ("ddp 1", "rows 3"), ("ddp 1", "rows 8"), ("rows 2", "rows 4"), ("rows 3", "rows 8")],
+)
+@pytest.mark.parametrize("megabytes", [1, 64])
+def test_each_of_more_ranks_reads_its_slice(counted: str, saved: str, loaded: str, megabytes: int) -> None:
+    state: State = {"model.m.matrix": torch.arange(megabytes << 18, dtype=torch.int32).reshape(-1, 256)}
     save(Storage(counted), 1, CUTS[saved](state))
-    assert 1 <= amplification(counted, state, CUTS["rows 4"](state)) <= 1.05
+    assert 1 <= amplification(counted, state, CUTS[loaded](state)) <= 1.05
