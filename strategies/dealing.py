@@ -6,6 +6,7 @@ numbers in the same order.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 _SMALL = 1024  # elements; fewer are not worth the messages
 _AT_ONCE = 2**20  # elements of a share that are gathered together
+_TRIM_AFTER = 32 * 2**20  # bytes
 _ALONE = 2  # references to the storage of a tensor that nothing shares it with: its own, and that of who asks
 _HARMLESS = frozenset(  # what a placeholder answers as the weight itself would
     (
@@ -43,6 +45,7 @@ class Dealer(TorchFunctionMode):
         self._rank, self._world = rank, world
         self._shares: Any = WeakIdKeyDictionary()
         self._busy = False
+        self._freed = 0
 
     def __enter__(self) -> Any:
         self._hook = register_module_module_registration_hook(self._registered)
@@ -96,14 +99,26 @@ class Dealer(TorchFunctionMode):
                     share[: mine.numel()] = mine
                     self._shares[weight] = share
                     weight.data = _placeholder(weight, weight.device)
+                    self._freed += weight.numel() * weight.element_size()
+            self._trim()
 
     def make_whole(self, weights: Iterable[nn.Parameter]) -> None:
         """Give those of ``weights`` that are dealt their memory and values back. Collective."""
         with self._unwatched():
+            self._trim()
             for weight in weights:
                 share = self._shares.pop(weight, None)
                 if share is not None:
+                    self._freed += weight.numel() * weight.element_size()  # by whom it is handed to
                     weight.data = self._gathered(share)[: weight.numel()].view(weight.shape).to(weight.device)
+
+    def _trim(self) -> None:
+        """Have the C library give freed memory back now and then: shares lie between what was freed, and split it."""
+        if self._freed > _TRIM_AFTER:
+            self._freed = 0
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # malloc_trim(3), glibc's
+            if trim is not None:
+                trim(0)
 
     def _gathered(self, share: Tensor) -> Tensor:
         """All ranks' shares, one after the other; by way of small tensors, as a collective may hold on to its own."""
