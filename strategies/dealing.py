@@ -152,8 +152,8 @@ def _is_worth_it(weight: nn.Parameter) -> bool:
 
 
 def _references(weight: nn.Parameter) -> int:
-    storage = weight.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    count = torch._C._storage_Use_Count  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]  # no other
+    return count(weight.untyped_storage()._cdata)
 
 
 def _placeholder(weight: nn.Parameter, device: torch.device) -> Tensor:
