@@ -39,6 +39,7 @@ benchmark: $(VENV)/.installed-benchmarks
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/launch.py
 	$(BIN)/python benchmarks/strategies.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found here (Debian: apt install python3-venv);" \

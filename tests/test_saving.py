@@ -14,9 +14,11 @@ import savers
 from checkpoints import assert_same, newest
 from dltrain.checkpoint.reader import catalogue, open_manifest
 from dltrain.core.storage import Storage
+from launching import Sandbox, wait_for
 from ranks import run_ranks, train_ranks
 from runs import RunFolder
 from savers import state_of
+from stage import JOB, LAUNCH, STEPS, WAIT_AT, gate, put_recipe, wait_at_gate
 
 if TYPE_CHECKING:
     from s3_server import S3Server
@@ -132,3 +134,30 @@ def test_a_full_disk_is_told_of_and_the_snapshot_is_written_when_there_is_room(t
     finally:
         savers.wait_until_gone("dltrain-save0", tmp_path)
         subprocess.run(["umount", str(small)], check=True, timeout=30)
+
+
+@pytest.mark.slow
+def test_a_storage_that_fails_for_a_while_does_not_end_a_run(sandbox: Sandbox, tmp_path: Path) -> None:
+    put_recipe(sandbox)
+    folder, away = tmp_path / "saved", tmp_path / "away"
+    closed = gate(sandbox)
+    with sandbox.start(*LAUNCH, *JOB, f"checkpoint.to={folder}") as process:
+        wait_at_gate(sandbox, process)
+        wait_for((folder / f"step-{WAIT_AT:08d}/manifest.json").exists, what="a first checkpoint")
+        folder.rename(away)
+        folder.touch()
+        closed.unlink()
+        assert process.stdout is not None
+        said = ""
+        while "cannot be written yet (rank" not in said:
+            line = process.stdout.readline()
+            assert line, said  # or it has ended
+            said += line
+        folder.unlink()
+        away.rename(folder)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, said + out + err
+    assert "it is kept in memory and tried again" in said
+    assert "cannot be written yet" not in out
+    assert "checkpoints can be written again" in out
+    assert newest(Storage(str(folder)))[0] == STEPS
