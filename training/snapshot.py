@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 _PATIENCE = 5.0  # seconds that the last checkpoint is waited for without a word
 _HOPELESS = 60.0  # seconds that a failing storage is tried when training is over
+_ANSWER = 10.0  # seconds that a persister has to let go of what it has not begun to write
 _STAGES = 2
 _STARTS = 5  # persisters that are tried for one snapshot
 
@@ -60,6 +61,8 @@ class _Staged:
     text: bytes
     starts: int = 0
     """How often a persister was started for it."""
+    dropped: bool = False
+    """The persister was told to give it up, as every rank's is."""
 
 
 class Snapshots:
@@ -119,7 +122,8 @@ class Snapshots:
             for message in self._persister.receive():
                 self._take(message)
         except PersisterLost:
-            self._start_again()
+            if self._given:  # else there is nothing to start another for
+                self._start_again()
 
     def finish(self, timeout: float) -> None:
         """Wait until the newest snapshot is durable. Collective.
@@ -158,9 +162,7 @@ class Snapshots:
             case "trouble":
                 self._trouble = message["why"]
             case "ended":
-                if message["step"] == self.newest:
-                    self._failure = self._trouble = message["why"]
-                self._given = [staged for staged in self._given if staged.step != message["step"]]
+                self._end(message["step"], message["why"])
             case other:
                 raise ValueError(f"the persister sent a message of kind {other!r}")
 
@@ -175,6 +177,7 @@ class Snapshots:
 
     def _drop(self, given: Sequence[_Staged]) -> None:
         for staged in given:
+            staged.dropped = True
             with contextlib.suppress(PersisterLost):  # as poll() will find
                 self._persister.drop(staged.step)
 
@@ -189,7 +192,10 @@ class Snapshots:
 
         The persister answers at once that it lets go of what it has not begun to write.
         """
+        deadline = time.monotonic() + _ANSWER
         while len(self._given) == _STAGES:
+            if time.monotonic() > deadline:
+                self._start_again()
             select.select([self._persister], [], [], 1.0)
             self.poll()
         taken = {staged.stage for staged in self._given}
@@ -222,12 +228,21 @@ class Snapshots:
         self._persister.restart()
         for staged in list(self._given):
             staged.starts += 1
-            if staged.starts <= _STARTS:
+            if staged.starts <= _STARTS and not staged.dropped:
                 self._hand_over(staged)
-                continue
+            else:
+                self._end(staged.step, f"the process that writes checkpoints was lost {staged.starts} times")
+
+    def _end(self, step: int, why: str) -> None:
+        """Note that the persister is done with a snapshot, or with trying; ``why`` it did not succeed."""
+        for staged in [staged for staged in self._given if staged.step == step]:
             self._given.remove(staged)
-            if staged.step == self.newest:
-                self._failure = f"the process that writes checkpoints was lost {staged.starts} times"
+            if why and not staged.dropped:  # other ranks' parts of it are of no use: they hear of that at the next save
+                self._trouble = why
+            if step == self.newest:
+                self._failure = why
+            if not why:
+                self._trouble = ""
 
     def _any(self, *flags: bool) -> list[bool]:
         """Whether each flag is set on any rank."""
