@@ -5,15 +5,23 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import savers
-from checkpoints import assert_same, newest
+from checkpoints import assert_same, newest, rows
 from dltrain.checkpoint.reader import catalogue, open_manifest
+from dltrain.checkpoint.saving import Snapshot, description
+from dltrain.checkpoint.writer import assign, held, plan_shard, shard_name
 from dltrain.core.storage import Storage
+from dltrain.core.wire import Channel, Message
+from dltrain.training.persistence import Persister
+from dltrain.training.staging import Stage, image_size
 from launching import Sandbox, wait_for
 from ranks import run_ranks, train_ranks
 from runs import RunFolder
@@ -161,3 +169,50 @@ def test_a_storage_that_fails_for_a_while_does_not_end_a_run(sandbox: Sandbox, t
     assert "cannot be written yet" not in out
     assert "checkpoints can be written again" in out
     assert newest(Storage(str(folder)))[0] == STEPS
+
+
+# ---- beside an agent
+
+
+@contextmanager
+def given(storage: Storage) -> Iterator[tuple[Channel, Persister]]:
+    """A persister that was given rank 0's part of two, and lost its rank then; and the agent's end of its socket."""
+    ours, theirs = socket.socketpair()
+    agent = Channel(ours)
+    persister = Persister(theirs)
+    theirs.close()
+    best = {"metric": None, "goal": "min"}
+    persister.open(url=str(storage), options={}, rank=0, keep=1, best=best, lease="")
+    ranks = rows(state_of(1), 2)
+    plan = plan_shard(ranks[0], assign([held(shards) for shards in ranks])[0])
+    stage = Stage(image_size(plan))
+    stage.fill(plan, ranks[0])
+    snapshot = Snapshot(1, "feed", 0, 2, tuple(plan), memoryview(b""), savers.FACTS)
+    persister.save(1, stage.fd, description(snapshot))
+    stage.close()
+    persister.close()
+    try:
+        shard = f"step-00000001/{shard_name(0, 2, 'feed')}"
+        wait_for(lambda: storage.exists(shard), what="rank 0's shard")
+        yield agent, persister
+    finally:
+        agent.close()
+        os.waitpid(persister.pid, 0)
+
+
+def test_a_part_that_is_missing_when_the_others_have_ended_is_not_waited_for(local: Storage) -> None:
+    with given(local) as (agent, _):
+        said: list[Message] = []
+        agent.send({"t": "alone"})
+        wait_for(lambda: said.extend(agent.receive()) or agent.closed, what="the persister's end", timeout=20)
+        assert [message["t"] for message in said] == ["note"]
+        assert "checkpoint of step 1 not written: the other ranks have ended" in said[0]["text"]
+        assert "rank 1 has not written its part" in said[0]["text"]
+    assert catalogue(local) == []
+
+
+def test_a_persister_ends_with_its_agent_whatever_it_is_doing(local: Storage) -> None:
+    with given(local) as (agent, persister):
+        agent.close()
+        how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        wait_for(lambda: os.waitid(os.P_PID, persister.pid, how), what="the persister's end", timeout=10)
