@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from ..core.errors import JobError, Problem, RunFailed, did_you_mean
 from ..tracking.journal import last_row, plain
 from .live import FILE
+from .processes import Process
 from .rundir import Record, newest_run
 
 Standing = Literal["running", "finished", "stopped", "failed", "died"]
@@ -21,6 +23,7 @@ _TRACKERS = 90.0  # seconds that the end of a run may take beside the ranks' own
 _AT_ONCE = 30.0
 _POLL = 0.1
 _SEPARATE = 0.4  # seconds between two signals that are to count as two requests
+_UNHEARD = 5.0  # seconds without a word of the first after which the second is sent all the same
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,28 @@ def _facts(run: Path) -> dict[str, Any]:
         return {}
 
 
+class _Requests:
+    """Asks a driver to stop until it has counted as many requests as are wanted.
+
+    Two signals that it takes in at once count as one, and on a busy machine it takes them in late, so the second waits
+    until the first was counted. A single request is never repeated, since the second would be another one.
+    """
+
+    def __init__(self, process: Process, *, wanted: int, counted: int) -> None:
+        self._process, self._wanted, self._counted = process, wanted, counted
+        self._due = -math.inf if counted < wanted else math.inf
+
+    def send_due(self, counted: int) -> None:
+        """Send the next request if it is time to; ``counted`` is how many the driver says that it has had."""
+        now = time.monotonic()
+        if counted > self._counted:
+            self._counted = counted
+            self._due = now + _SEPARATE if counted < self._wanted else math.inf
+        if now >= self._due:
+            self._process.signal(signal.SIGINT)
+            self._due = now + _UNHEARD if self._wanted > 1 else math.inf
+
+
 def stop_run(run: Path, *, now: bool, say: Callable[[str], None]) -> RunStatus:
     """Have a run stop as its Ctrl-C does, ``now`` as the second one does, and wait until it has; how it then stands.
 
@@ -196,20 +221,18 @@ def stop_run(run: Path, *, now: bool, say: Callable[[str], None]) -> RunStatus:
     process = record.driver.process
     if process.foreign:
         raise JobError(Problem(f"{status.name} is driven by process {status.pid}, which is another user's"))
-    for request in range(status.stop_requests, 2 if now else 1):
-        apart = time.monotonic() + (_SEPARATE if request > status.stop_requests else 0.0)
-        while process.alive and time.monotonic() < apart:
-            time.sleep(_POLL)
-        process.signal(signal.SIGINT)
     limit = _AT_ONCE if now else status.stop_grace + _TRACKERS
     aim = "to end at once" if now else "to save a checkpoint and end" if record.job else "to end"
     say(f"waiting for {status.name} {aim} (at most {limit:g} s)")
+    requests = _Requests(process, wanted=2 if now else 1, counted=status.stop_requests)
     deadline = time.monotonic() + limit
     said = ""
     while process.alive:
         if time.monotonic() > deadline:
             raise RunFailed(_stuck(status, process.state, limit, now=now))
-        phase = str(_facts(run).get("phase", ""))
+        facts = _facts(run)
+        requests.send_due(int(facts.get("stop_requests", 0)))
+        phase = str(facts.get("phase", ""))
         if phase and phase != said:
             said = phase
             say(f"  {phase}")
