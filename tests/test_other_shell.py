@@ -104,6 +104,35 @@ def test_a_driver_on_another_machine_is_left_alone(tmp_path: Path) -> None:
     run.close()
 
 
+BUSY = """
+import json, signal, sys, time
+from pathlib import Path
+from dltrain.launcher.interrupt import StopRequests
+from dltrain.launcher.rundir import RunDir
+run = RunDir.create(Path(sys.argv[1]), "mine", {})
+with StopRequests() as stop:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    print("there", flush=True)
+    time.sleep(1)  # it gets no core
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    while stop.count < 2:
+        run.write("status.json", json.dumps({"at": 0.0, "stop_requests": stop.count}), sync=False)
+        time.sleep(0.05)
+run.update(state="stopped")
+"""
+
+
+def test_a_driver_that_hears_late_counts_both_requests(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BUSY, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        try:
+            assert stop_run(tmp_path / "mine/0001", now=True, say=print).state == "stopped"
+        finally:
+            process.kill()
+
+
 def test_a_record_without_a_driver_is_read(tmp_path: Path) -> None:
     path = finished(tmp_path, "mine", step=7)
     data = json.loads((path / "run.json").read_text())
