@@ -78,7 +78,7 @@ CELLS = (
     Cell("fsdp × 2, tensor × 2", 4, (_FSDP, _TENSOR), _CUT),
     Cell("fsdp × 2, tensor × 2 with the sequence", 4, (_FSDP, _TENSOR, "parallel.sequence=true"), ("transformer",)),
     Cell("pipeline × 2", 2, (_PIPELINE,), _CHAINS),
-    Cell("pipeline × 2, gpipe", 2, (_PIPELINE, "parallel.pipeline_schedule=gpipe"), ("cnn", "transformer")),
+    Cell("pipeline × 2, gpipe", 2, (_PIPELINE, "parallel.pipeline_schedule=gpipe"), ("transformer",)),
     Cell("pipeline × 2, interleaved", 2, (_PIPELINE, _LOOP), _CUT),  # the MLP has three layers with weights
     Cell("pipeline × 4", 4, ("parallel.pipeline=4",), _CUT),
     Cell("ddp × 2, pipeline × 2", 4, (_PIPELINE,), _CHAINS),
@@ -89,9 +89,7 @@ CELLS = (
         "tensor × 2 with the sequence, pipeline × 2",
         *(4, (_TENSOR, "parallel.sequence=true", _PIPELINE), ("transformer",)),
     ),
-    Cell(
-        "fsdp × 2, tensor × 2, pipeline × 2", 8, (_FSDP, _TENSOR, _PIPELINE, "train.microbatches=4"), ("transformer",)
-    ),
+    Cell("fsdp × 2, tensor × 2, pipeline × 2", 8, (_FSDP, _TENSOR, _PIPELINE), ("transformer",)),
     *(
         Cell(f"zero{stage} × {ranks}", ranks, (f"parallel.strategy=zero{stage}",), _SIMPLE)
         for stage in (1, 2, 3)

@@ -85,7 +85,7 @@ def check_alike(one: RunFolder, pipeline: RunFolder) -> None:
                 assert row[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("how", [(PIPELINE,), INTERLEAVED])
+@pytest.mark.parametrize("how", [INTERLEAVED, pytest.param((PIPELINE,), marks=pytest.mark.slow)])
 def test_a_recipe_that_draws_around_its_model_and_frozen_layers(tmp_path: Path, how: tuple[str, ...]) -> None:
     one, pipeline = both(tmp_path, "recipe=pipeline_recipes:Noisy", "train.clip_norm=0.05", how=how)
     check_alike(one, pipeline)
