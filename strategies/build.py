@@ -116,17 +116,49 @@ def _check_float16(modules: Mapping[str, nn.Module], device: torch.device) -> No
 def _pipeline(
     passes: Passes, modules: Mapping[str, nn.Module], job: Job, *, world: int, device: torch.device
 ) -> Engine:
-    parallel, ((name, module),) = job.parallel, modules.items()
-    layout = passes.recipe.layout(name)
-    ranks = init_device_mesh(
-        device.type, tuple(parallel.axes(world).values()), mesh_dim_names=tuple(parallel.axes(world))
-    )
-    peers = Peers(*(ranks.get_group(axis) for axis in ("pipeline", "data", "tensor")))
-    dist.all_reduce(
-        torch.zeros((), device=device), group=peers.pipeline
-    )  # NCCL wants all to meet before two of them do
-    runs = divide(module, layout.pipeline, parallel.stages)
+    parallel, train, ((name, module),) = job.parallel, job.train, modules.items()
+    peers = _peers(parallel, world, device)
+    runs = divide(module, passes.recipe.layout(name).pipeline, parallel.stages)
     names = first_names(module)
+    stages = _stages(passes, name, module, runs, peers, job, world=world, device=device)
+    weights = {names[fqn]: Weight(p) for fqn, p in module.named_parameters() if p.requires_grad}
+    spec = train.optimizer_of(name)
+    pieces = [weight.piece for weight in weights.values()]
+    optimizers = build_optimizers(module, spec, pieces) if pieces else []
+    held = Held(name, module, weights, optimizers, spec.every, holders(names, runs, parallel.pipeline))
+    averaged = {f"{name}.{fqn}": weight.whole for fqn, weight in weights.items()}
+    ema = Ema(averaged, train.ema) if train.ema is not None else None
+    count = microbatches_per_step(train.microbatches, global_batch=train.global_batch, world=world, parallel=parallel)
+    order = schedule(parallel, stages, count // passes.ranks)
+    zero = torch.zeros((), device="cpu" if _offloads(parallel, device) else device)
+    scaled = train.precision == "fp16"
+    return PipelineEngine(
+        passes, held, stages, order, peers, zero=zero, clip_norm=train.clip_norm, ema=ema, scaled=scaled
+    )
+
+
+def _peers(parallel: Parallel, world: int, device: torch.device) -> Peers:
+    axes = parallel.axes(world)
+    ranks = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    peers = Peers(ranks.get_group("pipeline"), ranks.get_group("data"), ranks.get_group("tensor"))
+    # NCCL wants all of a group to meet before two of them send to each other.
+    dist.all_reduce(torch.zeros((), device=device), group=peers.pipeline)
+    return peers
+
+
+def _stages(
+    passes: Passes,
+    name: str,
+    module: nn.Module,
+    runs: Sequence[Sequence[str]],
+    peers: Peers,
+    job: Job,
+    *,
+    world: int,
+    device: torch.device,
+) -> list[Piped]:
+    """This rank's stages of ``module``, which keeps nothing else."""
+    parallel, layout = job.parallel, passes.recipe.layout(name)
     places = range(dist.get_rank(peers.pipeline), parallel.stages, parallel.pipeline)
     keep(module, layout.pipeline, [step for place in places for step in runs[place]])
     module.to(device).train()
@@ -146,27 +178,7 @@ def _pipeline(
             _compile(stage, units if mesh is not None else ())
         spread = _spread(job, stage, units, passes.ranks, mesh, device)
         stages.append(Piped(passes, name, spread, Spot(place, parallel.stages, peers.pipeline, device)))
-    weights = {names[fqn]: Weight(p) for fqn, p in module.named_parameters() if p.requires_grad}
-    spec, train = job.train.optimizer_of(name), job.train
-    pieces = [weight.piece for weight in weights.values()]
-    optimizers = build_optimizers(module, spec, pieces) if pieces else []
-    holding = holders(names, runs, parallel.pipeline)
-    held = Held(name, module, weights, optimizers, spec.every, holding)
-    averaged = {f"{name}.{fqn}": weight.whole for fqn, weight in weights.items()}
-    ema = Ema(averaged, train.ema) if train.ema is not None else None
-    count = microbatches_per_step(train.microbatches, global_batch=train.global_batch, world=world, parallel=parallel)
-    order = schedule(parallel, stages, count // passes.ranks)
-    return PipelineEngine(
-        passes,
-        held,
-        stages,
-        order,
-        peers,
-        zero=torch.zeros((), device="cpu" if _offloads(parallel, device) else device),
-        clip_norm=train.clip_norm,
-        ema=ema,
-        scaled=train.precision == "fp16",
-    )
+    return stages
 
 
 def _zero(
