@@ -22,7 +22,7 @@ from .manifest import FORMAT, MANIFEST, Cursor, Manifest, PieceEntry, TensorEntr
 if TYPE_CHECKING:
     from ..core.contracts import ShardedState
 
-# Bytes under one hash, so that a slice can be read and verified alone: about a 128th of the tensor, within these bounds.
+# Bytes under one hash, so that a slice can be read and verified alone: about a 128th of the tensor, in these bounds.
 _PARTS, _LEAST, _MOST = 128, 8 << 10, 8 << 20
 _INLINE = 64 << 10  # bytes that are hashed sooner than a thread can be told to
 
