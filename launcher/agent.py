@@ -8,7 +8,6 @@ and wait for news. Imports stay light (no torch): every node pays for them at st
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import signal
@@ -17,57 +16,24 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import Problem
-from ..core.pulse import Pulse
 from ..core.wire import Channel
 from . import untyped
+from .held_rank import HeldRank, fork_rank
 from .host import ChildEvent, ForkServer, HostError, server_name
 from .machine import interface_address, interface_of, numa_nodes, rank_environment, usable_cpus, visible_gpus
-from .messages import AgentReport, ChildSpec, NodeInfo, RankBeat, RankEvent, RankPlan, Stream
+from .messages import AgentReport, ChildSpec, NodeInfo, RankBeat, RankEvent, RankPlan
 from .precheck import check_job
 from .processes import Process
-from .stacks import Look, Sheet, look_at
+from .rundir import Record
+from .stacks import Look, look_at
 
 _TAIL_INTERVAL = 0.1
 _MAX_QUEUED = 4 << 20
-_CHUNK = 1 << 16
-
-
-@dataclass
-class _Tail:
-    """A file that a rank writes and the agent reads behind it."""
-
-    stream: Stream
-    fd: int
-
-    def read(self) -> bytes:
-        return os.read(self.fd, _CHUNK)
-
-    def drained(self) -> bool:
-        return os.lseek(self.fd, 0, os.SEEK_CUR) >= os.fstat(self.fd).st_size
-
-
-@dataclass
-class _Rank:
-    plan: RankPlan
-    generation: int
-    error_file: Path
-    channel: Channel
-    pulse: Pulse
-    tails: list[_Tail]
-    sheet: Sheet
-    news: Channel | None
-    """From its persister, which may outlive it; none where it has none."""
-    process: Process | None = None
-    ended: bool = False
-
-    def over(self) -> bool:
-        """Whether nothing more can come of it."""
-        return self.ended and all(tail.drained() for tail in self.tails) and (self.news is None or self.news.closed)
 
 
 @dataclass
@@ -78,14 +44,6 @@ class _News:
     text_size: int = 0
     broken: str = ""
     ready: threading.Condition = field(default_factory=threading.Condition)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None  # pyright: ignore[reportUnknownVariableType]  # JSON
 
 
 class NodeAgent:
@@ -99,7 +57,7 @@ class NodeAgent:
         self._environ = rank_environment(environ, dict(os.environ), same_machine=same_machine)
         self._news = _News()
         self._lock = threading.Lock()
-        self._ranks: dict[int, _Rank] = {}
+        self._ranks: dict[int, HeldRank] = {}
         self._stores: list[int] = []
         self._server: ForkServer | None = None
         self._selector = selectors.DefaultSelector()
@@ -159,8 +117,9 @@ class NodeAgent:
     def adopt(self, run_dir: str, run_id: str, logs: str) -> bool:
         """Whether this node sees the run's directory, with the logs in it, and not merely a folder of that name."""
         if not self._same_machine:
-            record = _read_json(Path(run_dir) / "run.json") or {}
-            self._sees_logs = record.get("id") == run_id and Path(logs).is_relative_to(run_dir)
+            record = Record.read(Path(run_dir))
+            same = record is not None and record.id == run_id
+            self._sees_logs = same and Path(logs).is_relative_to(run_dir)
         return self._sees_logs
 
     def sees(self, path: str, text: str, timeout: float) -> bool:
@@ -291,33 +250,8 @@ class NodeAgent:
         return folder
 
     def _start_rank(self, generation: int, plan: RankPlan) -> None:
-        folder = self._log_dir(plan)
-        env = {**self._environ, **plan.child.env, "TORCHELASTIC_ERROR_FILE": str(folder / "error.json")}
-        with contextlib.suppress(FileNotFoundError):
-            (folder / "error.json").unlink()
-        child = replace(plan.child, env=env)
-        ours, theirs = socket.socketpair()
-        pulse = Pulse.create()
-        sheet = Sheet()
-        fds: dict[str, int] = {"channel": theirs.fileno(), "pulse": pulse.fd}
-        news, its_news = socket.socketpair() if child.kind == "worker" else (None, None)
-        if its_news is not None:
-            fds |= {"news": its_news.fileno(), "stacks": sheet.fd}
-        tails: list[_Tail] = []
-        streams: tuple[Stream, ...] = ("stdout", "stderr")
-        for stream in streams:
-            path = folder / f"{stream}.log"
-            fds[stream] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o644)
-            tails.append(_Tail(stream, os.open(path, os.O_RDONLY)))
-        key = self._require_server().fork(child, fds)
-        for stream in streams:
-            os.close(fds[stream])
-        theirs.close()
-        if its_news is not None:
-            its_news.close()
-        said = Channel(news) if news is not None else None
-        error_file = folder / "error.json"
-        self._ranks[key] = _Rank(plan, generation, error_file, Channel(ours), pulse, tails, sheet, said)
+        key, rank = fork_rank(self._require_server(), generation, plan, self._log_dir(plan), self._environ)
+        self._ranks[key] = rank
 
     # ---- the one thread that reads
 
@@ -367,12 +301,12 @@ class NodeAgent:
                 self._selector.register(rank.news, selectors.EVENT_READ)
             return [self._event(rank, "started", pid=event.pid)]
         rank.ended = True
-        recorded = _read_json(rank.error_file)  # what elastic's @record left, if anything
+        recorded = rank.recorded_error()
         beat = rank.pulse.read()
         why = {"what": event.what, "error_file": recorded, "step": beat.step, "phase": beat.phase}
         return [*self._read_messages(rank), self._event(rank, "exit", exit=event.exit, data=why)]
 
-    def _read_messages(self, rank: _Rank) -> list[RankEvent]:
+    def _read_messages(self, rank: HeldRank) -> list[RankEvent]:
         """What the rank and its persister have said."""
         found: list[RankEvent] = []
         for channel in (rank.news, rank.channel):
@@ -382,7 +316,7 @@ class NodeAgent:
                     self._unregister(channel)
         return found
 
-    def _close_news(self, rank: _Rank) -> None:
+    def _close_news(self, rank: HeldRank) -> None:
         if rank.news is not None and not rank.news.closed:
             self._unregister(rank.news)
             rank.news.close()
@@ -391,7 +325,7 @@ class NodeAgent:
         with contextlib.suppress(KeyError):
             self._selector.unregister(channel)
 
-    def _read_output(self, rank: _Rank) -> list[RankEvent]:
+    def _read_output(self, rank: HeldRank) -> list[RankEvent]:
         found: list[RankEvent] = []
         if self._news.text_size < _MAX_QUEUED:  # the files keep what the controller has no time for yet
             for tail in rank.tails:
@@ -400,17 +334,11 @@ class NodeAgent:
                     found.append(self._event(rank, "log", stream=tail.stream, text=text))
         return found
 
-    def _event(self, rank: _Rank, kind: Any, **fields: Any) -> RankEvent:
+    def _event(self, rank: HeldRank, kind: Any, **fields: Any) -> RankEvent:
         return RankEvent(kind, rank.generation, rank.plan.rank, **fields)
 
     def _forget(self, key: int) -> None:
         rank = self._ranks.pop(key)
         if not rank.channel.closed:
             self._unregister(rank.channel)
-        rank.channel.close()
-        if rank.news is not None:
-            rank.news.close()
-        rank.pulse.close()
-        rank.sheet.close()
-        for tail in rank.tails:
-            os.close(tail.fd)
+        rank.close()

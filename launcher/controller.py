@@ -6,7 +6,7 @@ import signal
 import time
 from base64 import b64decode
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..tracking.samples import keep
 from . import untyped
 from .cluster import Cluster, loss_of
 from .failure import Casualty, Report, blamed, casualty_of
-from .generation import Program, plan_generation
+from .generation import Generation, Program, plan_generation
 from .goodput import Goodput
 from .interrupt import StopRequests
 from .messages import AgentReport, RankEvent
@@ -28,7 +28,7 @@ from .policy import Decision, History, RankFailure, Status, decide
 from .reports import FailureReports
 from .rundir import RunDir
 from .stacks import Look
-from .stall import StallWatch, Standstill, stalled, tell_stall
+from .stall import StallWatch, stalled, tell_stall
 from .view import View
 
 _POLL = 0.5
@@ -38,34 +38,6 @@ _DRAIN = 10.0
 _ASK = 10.0
 _PATIENCE = 3.0  # seconds that are waited without a word
 _LOOK = 2.0
-
-
-@dataclass
-class _Generation:
-    """What is known of the ranks that run now."""
-
-    number: int
-    world: int
-    nproc: int
-    started: set[int] = field(default_factory=set[int])
-    done: set[int] = field(default_factory=set[int])
-    ended: set[int] = field(default_factory=set[int])
-    closed: set[int] = field(default_factory=set[int])
-    said: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
-    casualties: dict[int, Casualty] = field(default_factory=dict[int, Casualty])
-    refused: list[Problem] = field(default_factory=list[Problem])
-    lost: dict[int, str] = field(default_factory=dict[int, str])
-    standstill: Standstill | None = None
-    ending: bool = False
-    """The controller is ending it: exits from now on are its own doing."""
-
-    def present(self) -> set[int]:
-        """Ranks that may still say something: not closed, and not on a lost node."""
-        return {r for r in range(self.world) if r not in self.closed and r // self.nproc not in self.lost}
-
-    def alive(self) -> set[int]:
-        """Ranks that still run, as far as is known."""
-        return self.present() - self.ended - set(self.casualties)
 
 
 @dataclass(frozen=True)
@@ -136,7 +108,7 @@ class Controller:
 
     # ---- starting
 
-    def _start(self, number: int, *, restart: int) -> _Generation:
+    def _start(self, number: int, *, restart: int) -> Generation:
         cluster = self._cluster
         nodes = cluster.nodes
         self._view.phase("starting ranks")
@@ -162,11 +134,11 @@ class Controller:
         self._reducer = RowReducer(len(nodes) * self._nproc)
         self._watched = StallWatch(self._recovery.stall if self._program.kind == "worker" else "never")
         self._heard = dict.fromkeys(range(len(nodes)), time.monotonic())
-        return _Generation(number, len(nodes) * self._nproc, self._nproc)
+        return Generation(number, len(nodes) * self._nproc, self._nproc)
 
     # ---- watching
 
-    def _watch(self, generation: _Generation, history: History) -> Decision:
+    def _watch(self, generation: Generation, history: History) -> Decision:
         """Hear the agents until the policy decides something else than to wait."""
         trouble_since: float | None = None
         told_to_stop: float | None = None
@@ -197,7 +169,7 @@ class Controller:
             self._cluster.agents[0].tell_persister.remote(0, {"t": "settled", "step": self._settling})
             self._settling = None
 
-    def _status(self, generation: _Generation) -> Status:
+    def _status(self, generation: Generation) -> Status:
         return Status(
             world=generation.world,
             ended=len(generation.ended),
@@ -209,7 +181,7 @@ class Controller:
             stall=generation.standstill.stall if generation.standstill else None,
         )
 
-    def _look_for_stall(self, generation: _Generation) -> None:
+    def _look_for_stall(self, generation: Generation) -> None:
         """Where no rank gets any further, find out who is to blame before anything is ended."""
         held_up = stalled(self._watched.places())
         if not held_up or generation.standstill is not None or generation.casualties or generation.lost:
@@ -221,7 +193,7 @@ class Controller:
             looks = {rank: look for looks in found.values() for rank, look in looks.items()}
             generation.standstill = tell_stall(places, looks, time.time())
 
-    def _ask_to_stop(self, generation: _Generation) -> None:
+    def _ask_to_stop(self, generation: Generation) -> None:
         grace = self._recovery.stop_grace
         if self._program.kind == "worker":
             self._view.note(f"stopping: saving a checkpoint (at most {grace:g} s; Ctrl-C again stops at once)")
@@ -230,7 +202,7 @@ class Controller:
             self._view.note(f"stopping: {signal.Signals(self._stop.signum).name} to all ranks (at most {grace:g} s)")
             self._ask(generation, "signal", self._stop.signum, waiting_for="passing on the stop")
 
-    def _ask(self, generation: _Generation, method: str, *args: Any, waiting_for: str) -> dict[int, Any]:
+    def _ask(self, generation: Generation, method: str, *args: Any, waiting_for: str) -> dict[int, Any]:
         """Call a method of every agent that is there; the answers by node. One that is gone is noted as lost."""
         answers: dict[int, Any] = {}
         agents = enumerate(self._cluster.agents)
@@ -242,7 +214,7 @@ class Controller:
                 generation.lost[node] = str(error)
         return answers
 
-    def _hear(self, generation: _Generation) -> None:
+    def _hear(self, generation: Generation) -> None:
         """One round of polls: whatever the agents have to tell, waiting a fraction of a second for the first."""
         ray = untyped.ray()
         for node, agent in enumerate(self._cluster.agents):
@@ -266,7 +238,7 @@ class Controller:
             if time.monotonic() - at > _SILENCE:
                 generation.lost.setdefault(node, f"its agent has not answered for {_SILENCE:g} s")
 
-    def _take(self, generation: _Generation, node: int, event: RankEvent) -> None:
+    def _take(self, generation: Generation, node: int, event: RankEvent) -> None:
         match event.kind:
             case "started":
                 generation.started.add(event.rank)
@@ -279,7 +251,7 @@ class Controller:
             case "closed":
                 generation.closed.add(event.rank)
 
-    def _take_message(self, generation: _Generation, rank: int, message: dict[str, Any]) -> None:
+    def _take_message(self, generation: Generation, rank: int, message: dict[str, Any]) -> None:
         match message["t"]:
             case "rows":
                 for row in self._reducer.add(rank, message["rows"]):
@@ -316,7 +288,7 @@ class Controller:
             case other:
                 raise ValueError(f"rank {rank} sent a message of kind {other!r}")
 
-    def _take_output(self, node: int, generation: _Generation, event: RankEvent) -> None:
+    def _take_output(self, node: int, generation: Generation, event: RankEvent) -> None:
         if event.rank not in generation.said:  # after a rank's last words its traceback is in the report
             self._view.output(event.rank, event.stream, event.text)
         if not self._cluster.nodes[node].shares_run_dir:
@@ -325,7 +297,7 @@ class Controller:
             with path.open("ab") as file:
                 file.write(event.text)
 
-    def _take_exit(self, generation: _Generation, node: int, event: RankEvent) -> None:
+    def _take_exit(self, generation: Generation, node: int, event: RankEvent) -> None:
         assert event.exit is not None
         speaks = self._program.kind == "worker"
         if event.exit.ok and (event.rank in generation.done or not speaks):
@@ -341,12 +313,12 @@ class Controller:
                 casualty = Casualty(refusal, "", log_dir)
             generation.casualties[event.rank] = casualty
 
-    def _log_dir(self, generation: _Generation, rank: int) -> Path:
+    def _log_dir(self, generation: Generation, rank: int) -> Path:
         return self._logs / f"attempt-{generation.number}" / f"rank-{rank}"
 
     # ---- ending
 
-    def _end(self, generation: _Generation, decision: Decision) -> None:
+    def _end(self, generation: Generation, decision: Decision) -> None:
         """See every rank of the generation to its end and take in the rest of its output."""
         generation.ending = True
         if self._cluster.broken():
@@ -364,7 +336,7 @@ class Controller:
         self._drain(generation, _DRAIN)
         self._ask(generation, "close_stores", waiting_for="closing the rendezvous store")
 
-    def _finish_saving(self, generation: _Generation) -> None:
+    def _finish_saving(self, generation: Generation) -> None:
         """Let the ranks' persisters finish the snapshot that they were given: they outlive their ranks for a while."""
         begin, asked = time.monotonic(), self._stop.count
         told = alone = False
@@ -380,7 +352,7 @@ class Controller:
                 told = True
                 self._view.note(f"waiting for a checkpoint that is being written (at most {AFTERLIFE:g} s)")
 
-    def _drain(self, generation: _Generation, seconds: float) -> None:
+    def _drain(self, generation: Generation, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while generation.present() and time.monotonic() < deadline and self._stop.count < 3:
             self._hear(generation)
@@ -396,7 +368,7 @@ class Controller:
             self._troubled = -1
             self._view.note("checkpoints can be written again")
 
-    def _write_report(self, generation: _Generation, decision: Decision) -> None:
+    def _write_report(self, generation: Generation, decision: Decision) -> None:
         action = "all ranks were started again" if decision.action == "restart" else "the run was ended"
         standstill = generation.standstill
         logs = partial(self._log_dir, generation)

@@ -1,18 +1,49 @@
-"""From a request and its nodes to the ranks of one generation: numbers, environment, cores, log folders."""
+"""One generation of ranks: from a request and its nodes to their numbers, environment, cores and log folders."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import Problem
+from .failure import Casualty
 from .machine import share_cores
 from .messages import ChildKind, ChildSpec, NodeInfo, RankPlan
+from .stall import Standstill
 
 #: Names of the variables by which gloo and NCCL choose a network interface.
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+@dataclass
+class Generation:
+    """What is known of the ranks that run now."""
+
+    number: int
+    world: int
+    nproc: int
+    started: set[int] = field(default_factory=set[int])
+    done: set[int] = field(default_factory=set[int])
+    ended: set[int] = field(default_factory=set[int])
+    closed: set[int] = field(default_factory=set[int])
+    said: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
+    casualties: dict[int, Casualty] = field(default_factory=dict[int, Casualty])
+    refused: list[Problem] = field(default_factory=list[Problem])
+    lost: dict[int, str] = field(default_factory=dict[int, str])
+    standstill: Standstill | None = None
+    ending: bool = False
+    """The controller is ending it: exits from now on are its own doing."""
+
+    def present(self) -> set[int]:
+        """Ranks that may still say something: not closed, and not on a lost node."""
+        return {r for r in range(self.world) if r not in self.closed and r // self.nproc not in self.lost}
+
+    def alive(self) -> set[int]:
+        """Ranks that still run, as far as is known."""
+        return self.present() - self.ended - set(self.casualties)
 
 
 @dataclass(frozen=True)
