@@ -80,12 +80,14 @@ def _torch(
 ) -> Engine:
     parallel = job.parallel
     mesh = _mesh(parallel, world, device)
+    peers = _peers(parallel, world, device) if parallel.tensor > 1 else None
     parts: dict[str, Trained] = {}
     for name, module in modules.items():
         layout = passes.recipe.layout(name)
         module.to(device).train()
-        if mesh is not None and parallel.tensor > 1:
+        if mesh is not None and peers is not None:
             cut(module, layout, mesh["tensor"], sequence=parallel.sequence)
+            _share_statistics(module, peers)
         if job.train.recompute:
             recompute(module, layout.units)
         if job.train.compile:
@@ -146,6 +148,13 @@ def _peers(parallel: Parallel, world: int, device: torch.device) -> Peers:
     return peers
 
 
+def _share_statistics(module: nn.Module, peers: Peers) -> None:
+    """Have norms of the whole batch take each sample once: of the ranks that compute the same ones, one."""
+    for submodule in module.modules():
+        if hasattr(submodule, "process_group"):  # as torch's SyncBatchNorm has it
+            setattr(submodule, "process_group", peers.data)  # noqa: B010  # a module's attributes are typed as tensors
+
+
 def _stages(
     passes: Passes,
     name: str,
@@ -162,9 +171,7 @@ def _stages(
     places = range(dist.get_rank(peers.pipeline), parallel.stages, parallel.pipeline)
     keep(module, layout.pipeline, [step for place in places for step in runs[place]])
     module.to(device).train()
-    for submodule in module.modules():
-        if hasattr(submodule, "process_group"):  # as torch's SyncBatchNorm has it
-            setattr(submodule, "process_group", peers.data)  # noqa: B010  # a module's attributes are typed as tensors
+    _share_statistics(module, peers)
     mesh = _mesh(parallel, world, device) if passes.ranks * parallel.tensor > 1 else None
     if mesh is not None and parallel.tensor > 1:
         cut(module, layout, mesh["tensor"], sequence=parallel.sequence)

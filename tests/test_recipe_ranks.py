@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import dltrain
 import pytest
 import torch
 from dltrain.core.job import Job
 from dltrain.models.registry import RECIPES
 from ranks import train_ranks
-from safetensors.torch import load_file
 
 TEXT = ("data.source=stdlib_text", "data.split.train=0.997", "data.split.val=0.001", "data.split.test=0.002")
 JOBS = {
@@ -43,7 +43,8 @@ def losses(folder: Path, world: int, *job: str) -> list[float]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the checkpoint at the end."""
-    return {name: tensor for shard in folder.rglob("shard-*.safetensors") for name, tensor in load_file(shard).items()}
+    (checkpoints,) = folder.rglob("checkpoints")
+    return dict(dltrain.load_checkpoint(checkpoints))
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -62,14 +63,19 @@ def test_every_recipe_is_among_them_and_named_in_the_schema() -> None:
     assert all(f"'{name}'" in (Job.model_fields["recipe"].description or "") for name in RECIPES)
 
 
-def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path: Path) -> None:
-    """One rank's single microbatch, by torch's own batch norm, against two ranks' halves."""
+@pytest.mark.parametrize("parallel", ["parallel.strategy=ddp", "parallel.tensor=2"])
+def test_synchronised_batch_norm_is_that_of_the_whole_batch(tmp_path: Path, parallel: str) -> None:
+    """One rank's single microbatch, by torch's own batch norm, against two ranks' halves, or the same on both."""
     job = ("recipe=cnn", "model.norm=batch", "model.batch_norm=synchronised", "model.dropout=0", "model.widths=[8, 16]")
-    one, two = losses(tmp_path / "one", 1, *job), losses(tmp_path / "two", 2, *job)
+    one, two = losses(tmp_path / "one", 1, *job), losses(tmp_path / "two", 2, *job, parallel)
     assert two == pytest.approx(one, rel=1e-5)
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert first.keys() == second.keys()
     assert "model.cnn.convolutions.0.1.running_var" in first
     torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5)
-    apart = losses(tmp_path / "apart", 2, *job[:2], *job[3:])
+
+
+def test_statistics_of_microbatches_are_others(tmp_path: Path) -> None:
+    job = ("recipe=cnn", "model.norm=batch", "model.dropout=0", "model.widths=[8, 16]")
+    one, apart = losses(tmp_path / "one", 1, *job), losses(tmp_path / "apart", 2, *job)
     assert apart != pytest.approx(one, rel=1e-3)
