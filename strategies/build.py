@@ -47,6 +47,7 @@ def build_engine(
     with dealer or contextlib.nullcontext():
         modules = recipe.parts()
     if dealer is not None:
+        dealer.check(modules)
         dealer.move(device)
     check_parts(job, recipe, modules)
     if job.train.precision == "fp16":

@@ -19,6 +19,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..core.errors import JobError, Problem
+
 _SMALL = 1024  # elements; fewer are not worth the messages
 _AT_ONCE = 2**20  # elements of a share that are gathered together
 _TRIM_AFTER = 32 * 2**20  # bytes
@@ -130,6 +132,19 @@ class Dealer(TorchFunctionMode):
             for row, values in zip(whole, received, strict=True):
                 row[begin : begin + _AT_ONCE] = values
         return whole.view(-1)
+
+    def check(self, modules: Mapping[str, nn.Module]) -> None:
+        """Refuse parts with a weight whose memory was taken from a dealt one in a way that torch does not tell of.
+
+        Raises:
+            JobError: there is one; it would hold no numbers.
+        """
+        for part, module in modules.items():
+            for name, weight in module.named_parameters():
+                if weight not in self._shares and weight.numel() >= _SMALL and not any(weight.stride()):
+                    what = f"'{name}' of part '{part}' was made of a weight that was part of a module already"
+                    hint = "clone() that one first, or use parallel.strategy: ddp"
+                    raise JobError(Problem(what, "recipe", hint))
 
     def move(self, device: torch.device) -> None:
         """Have dealt weights be on ``device`` once they are whole; their shares stay on the CPU."""

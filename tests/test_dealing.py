@@ -110,6 +110,19 @@ def test_weights_are_those_of_a_model_that_is_built_whole(tmp_path: Path, name: 
     assert ended == [0, 0], (tmp_path / "rank0.log").read_text()
 
 
+class Aliased(dltrain.Recipe):
+    def parts(self) -> dict[str, nn.Module]:
+        first, second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        net = nn.Sequential(first, second)
+        second.weight = nn.Parameter(first.weight)  # of which torch tells nobody
+        return {"net": net}
+
+
+def test_a_weight_made_of_a_dealt_ones_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"'1\.weight' of part 'net' was made of a weight"):
+        train_ranks(tmp_path, 2, "recipe=test_dealing:Aliased", "parallel.strategy=fsdp")
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "zero3"])
 def test_a_run_begins_with_the_weights_of_one_process(tmp_path: Path, strategy: str) -> None:
     if strategy == "zero3":
