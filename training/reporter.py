@@ -134,7 +134,7 @@ class StandaloneReporter(Reporter):
             keep(self._run_dir, step=step, name=name, png=png)
 
     def send(self, kind: str, **data: Any) -> None:
-        if self._rank == 0 and kind in ("note", "saved", "end"):
+        if self._rank == 0 and kind in ("note", "saved", "trouble", "end"):
             self._print(f"{kind}: " + ", ".join(f"{name}={value}" for name, value in data.items()))
 
     def close(self, timeout: float) -> None:
