@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -116,13 +116,13 @@ class Deadly(Storage):
             self.left -= 1
             yield chunk
 
-def save(url, step, fatal, rows):
+def save(url, step, fatal, rows, columns):
     torch.manual_seed(step)
     storage = Deadly(url)
     storage.left = fatal
-    full = torch.randn(2 * rows, 1 << 20)
+    full = torch.randn(2 * rows, columns)
     ranks = [
-        {f"model.m.{n}": Shard((2 * rows, 1 << 20), (rows * r, 0), full[rows * r : rows * (r + 1)] + n) for n in (1, 2)}
+        {f"model.m.{n}": Shard((2 * rows, columns), (rows * r, 0), full[rows * r : rows * (r + 1)] + n) for n in (1, 2)}
         for r in range(2)
     ]
     shares = assign([held(shards) for shards in ranks])
@@ -140,20 +140,20 @@ def run(*args):
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-url, rows, first, stride = sys.argv[1], *map(int, sys.argv[2:])
+url, rows, columns, *numbers = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(1)
-assert run(url, 100, -1, rows) == 0
-for number in range(first, 100, stride):
-    code = run(url, 200 + number, number, rows)
+assert run(url, 100, -1, rows, columns) == 0
+for number in numbers:
+    code = run(url, 200 + number, number, rows, columns)
     print(200 + number, flush=True)
     if code != -signal.SIGKILL:
         sys.exit(code)
 """
 
 
-def save_and_die(url: str, *, rows: int, first: int, stride: int) -> list[int]:
-    """Save step 100, then later ones, each killed some chunks later; their steps, of which the last survived."""
-    command = [sys.executable, "-c", SAVE_AND_DIE, url, str(rows), str(first), str(stride)]
+def save_and_die(url: str, *, rows: int, columns: int, at: Iterable[int]) -> list[int]:
+    """Save step 100, then others, killed before the chunks of the numbers ``at``; their steps: the last survived."""
+    command = [sys.executable, "-c", SAVE_AND_DIE, url, str(rows), str(columns), *map(str, at)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return [int(line) for line in done.stdout.splitlines()]
@@ -161,7 +161,7 @@ def save_and_die(url: str, *, rows: int, first: int, stride: int) -> list[int]:
 
 def test_a_save_killed_anywhere_leaves_the_older_checkpoint(local: Storage) -> None:
     """SIGKILL before every chunk that a save writes: headers and pieces of two shards, the manifest."""
-    *killed, survivor = save_and_die(str(local), rows=3, first=0, stride=1)
+    *killed, survivor = save_and_die(str(local), rows=3, columns=1 << 10, at=range(100))
     assert len(killed) == 2 * (1 + 2 * 2) + 1
     for step in killed:
         folder = Path(str(local), f"step-{step:08d}")
@@ -175,7 +175,8 @@ def test_a_save_killed_anywhere_leaves_the_older_checkpoint(local: Storage) -> N
 
 def test_an_upload_killed_halfway_leaves_the_older_checkpoint(bucket: str, s3: S3Server) -> None:
     storage = Storage(f"s3://{bucket}/run")
-    *killed, survivor = save_and_die(str(storage), rows=5, first=6, stride=4)  # in either shard, and in the manifest
+    at = (125, 256, 262, 263)  # late in either shard of 131 chunks, before the manifest, and never
+    *killed, survivor = save_and_die(str(storage), rows=5, columns=1 << 20, at=at)
     assert len(killed) == 3
     assert s3.client.list_multipart_uploads(Bucket=bucket)["Uploads"]  # some died in the middle of an upload
     assert [entry.step for entry in catalogue(storage)] == [survivor, 100]
