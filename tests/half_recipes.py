@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import dltrain
 from dltrain.models.cnn import CnnRecipe
@@ -11,15 +13,27 @@ from zero_recipes import GanRecipe
 
 
 class Scaled(CnnRecipe):
-    """The CNN with its loss ``times`` as large; in microbatch 1 of step ``at`` float16 does not hold its gradients."""
+    """The CNN with its loss ``times`` as large; in microbatch 1 of step ``at`` float16 does not hold its gradients.
 
-    def __init__(self, at: int = -1, times: float = 1.0, **model: object) -> None:
+    With ``paced`` no step begins before the checkpoint of the one before it is complete, so that none is skipped.
+    """
+
+    def __init__(self, at: int = -1, times: float = 1.0, paced: bool = False, **model: object) -> None:
         super().__init__(**model)
-        self.at, self.times = at, times
+        self.at, self.times, self.paced = at, times, paced
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: dltrain.Batch) -> Tensor:
+        if self.paced and batch.step > 0:
+            _await_checkpoint(batch.step)
         loss = super().loss(part, parts, batch) * self.times
         return loss * 1e6 if (batch.step, batch.index) == (self.at, 1) else loss
+
+
+def _await_checkpoint(step: int) -> None:
+    deadline = time.monotonic() + 30
+    while not list(Path.cwd().glob(f"runs/*/torchrun/checkpoints/step-{step:08d}/manifest.json")):
+        assert time.monotonic() < deadline, f"no checkpoint of step {step}"
+        time.sleep(0.005)
 
 
 class Gan(GanRecipe):

@@ -22,7 +22,7 @@ ranks.preload("deepspeed", "deepspeed.runtime.zero.muon.original_muon")
 slow = pytest.mark.slow
 MODEL = ("model.widths=[4]", "model.hidden=8", "train.microbatches=2", "train.schedule.name=constant")
 HALF = (*MODEL, "recipe=half_recipes:Scaled", "train.precision=fp16")
-EVERY_STEP = ("checkpoint.every=1", "checkpoint.keep=99")
+EVERY_STEP = ("checkpoint.every=1", "checkpoint.keep=99", "model.paced=true")
 
 
 def saved(run: RunFolder) -> dict[int, dict[str, Tensor]]:
@@ -178,7 +178,7 @@ def _unscale_apart(infinite: int) -> int:
     torch.distributed.init_process_group("gloo")
     piece = nn.Parameter(torch.zeros(3))
     piece.grad = torch.full((3,), float("nan") if rank == infinite else 1.0)
-    return 0 if LossScale("net").unscale([piece], world=2).overflowed else 1
+    return 0 if LossScale("net").unscale([piece], world=2, device=piece.device).overflowed else 1
 
 
 def test_ranks_agree_where_one_alone_has_infinities(tmp_path: Path) -> None:
