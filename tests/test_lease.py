@@ -127,6 +127,7 @@ def test_who_has_lost_the_lease_writes_no_manifest(local: Storage) -> None:
     assert [entry.step for entry in catalogue(local)] == [1]
 
 
+@pytest.mark.slow
 def test_a_second_launch_into_one_folder_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
     put_recipe(sandbox)
     to = f"checkpoint.to={tmp_path / 'shared'}"

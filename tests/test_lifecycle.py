@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from launching import Sandbox, wait_for
@@ -131,16 +132,14 @@ def test_a_stop_while_the_recipe_is_imported_leaves_nothing(box: Sandbox) -> Non
 
 def victim(box: Sandbox, name: str) -> int:
     if name == "fork server":
-        lines = box.processes().items()
-        servers = [pid for pid, line in lines if "launcher.forkserver" in line and pid not in _children(box)]
-        assert len(servers) == 1
-        return servers[0]
+        forks = {pid for pid, line in box.processes().items() if "launcher.forkserver" in line}
+        (server,) = (pid for pid in forks if _parent(pid) not in forks)  # ranks and what they start have its command
+        return server
     return box.named(name)[0]
 
 
-def _children(box: Sandbox) -> set[int]:
-    names = [f"dltrain-{what}{rank}" for what in ("rank", "save") for rank in (0, 1)]
-    return {pid for name in (*names, "dltrain-store") for pid in box.named(name)}
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ def check(storage: Storage, *, at_least: int = 0) -> int:
     return step
 
 
+@pytest.mark.slow
 def test_a_save_that_is_killed_at_any_change_of_the_storage_leaves_the_one_before(
     local: Storage, tmp_path: Path
 ) -> None:
