@@ -108,8 +108,8 @@ class Parallel(BaseModel):
         return self.pipeline * (self.pipeline_chunks if self.pipeline_schedule == "interleaved" else 1)
 
     @property
-    def shards_weights(self) -> bool:
-        """Whether a data-parallel rank holds its share of every weight, which it gathers to compute."""
+    def deals_weights(self) -> bool:
+        """Whether a model is dealt to the ranks while it is built: a rank will hold a share of every weight anyway."""
         return self.strategy in ("fsdp", "zero3") and self.tensor == self.pipeline == 1
 
     @property

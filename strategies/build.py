@@ -43,7 +43,7 @@ def build_engine(
         JobError: the job does not fit the recipe's parts.
     """
     parallel = job.parallel
-    dealer = Dealer(rank=rank, world=world) if parallel.shards_weights and world > 1 else None
+    dealer = Dealer(rank=rank, world=world) if parallel.deals_weights and world > 1 else None
     with dealer or contextlib.nullcontext():
         modules = recipe.parts()
     if dealer is not None:
@@ -108,8 +108,9 @@ def _check_float16(modules: Mapping[str, nn.Module], device: torch.device) -> No
     """Refuse an LSTM where torch has none in float16, as on most processors."""
     if not any(isinstance(layer, nn.LSTM) for module in modules.values() for layer in module.modules()):
         return
+    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(), torch.autocast(device.type, torch.float16):
+        with torch.no_grad(), torch.random.fork_rng(devices), torch.autocast(device.type, torch.float16):
             nn.LSTM(1, 1, device=device)(torch.zeros(1, 1, 1, device=device))
     except RuntimeError as error:
         what = f"torch has no LSTM in float16 for this {device.type}: {error}"
@@ -133,7 +134,8 @@ def _pipeline(
     ema = Ema(averaged, train.ema) if train.ema is not None else None
     count = microbatches_per_step(train.microbatches, global_batch=train.global_batch, world=world, parallel=parallel)
     order = schedule(parallel, stages, count // passes.ranks)
-    zero = torch.zeros((), device="cpu" if _offloads(parallel, device) else device)
+    parked = _offloads(parallel, device) and passes.ranks > 1
+    zero = torch.zeros((), device="cpu" if parked else device)
     scaled = train.precision == "fp16"
     return PipelineEngine(
         passes, held, stages, order, peers, zero=zero, clip_norm=train.clip_norm, ema=ema, scaled=scaled

@@ -80,6 +80,7 @@ class Piped(_PipelineStageBase):
         """When the schedule has gone through them: wait for what was sent."""
         while self._sent:
             self._sent.pop().wait()
+        self._batches = ()
         self.spread.rest()
 
     # What schedules call: first the receive operations, then forward or backward, then the send operations.
@@ -118,6 +119,7 @@ class Piped(_PipelineStageBase):
                 compute,
                 lambda parts: passes.recipe.loss(self._part, parts, batch),
                 last=self.is_last,
+                training=True,
             )
         if not outputs:
             raise RuntimeError(f"the loss of part '{self._part}' does not call it, and so cannot be pipelined")
@@ -184,7 +186,7 @@ class Piped(_PipelineStageBase):
                 )
             return output
 
-        return as_called(self._part, compute, use, last=self.is_last) or {}
+        return as_called(self._part, compute, use, last=self.is_last, training=False) or {}
 
     def _expect(self, batch: Batch) -> tuple[Note, Tensor]:
         """The note that comes with ``batch``, and memory for the value that it tells of."""

@@ -81,6 +81,8 @@ class PipelineEngine(Engine):
         self._scale = LossScale(held.name) if scaled else None
         self._rank = dist.get_rank(peers.pipeline)
         self._shared = {name: weight for name, weight in sorted(held.weights.items()) if len(held.holders[name]) > 1}
+        shared = sorted(name for name, ranks in held.holders.items() if len(ranks) > 1)  # on any rank
+        self._tags = {name: tag for tag, name in enumerate(shared)}
         self._counted = [weight for name, weight in held.weights.items() if held.holders[name][0] == self._rank]
 
     def step(self, microbatches: Sequence[Batch], rate: float) -> StepResult:
@@ -133,7 +135,8 @@ class PipelineEngine(Engine):
         operations: list[dist.P2POp] = []
         terms: list[dict[int, Tensor]] = []
         group = self._peers.pipeline
-        for tag, (name, weight) in enumerate(self._shared.items()):
+        for name, weight in self._shared.items():
+            tag = self._tags[name]
             own = torch.zeros_like(weight.piece) if weight.piece.grad is None else weight.piece.grad.contiguous()
             found = {rank: own if rank == self._rank else torch.empty_like(own) for rank in self._held.holders[name]}
             for rank, term in found.items():

@@ -62,7 +62,9 @@ class Notes:
 
     def send(self, form: Form, peer: int, tag: int) -> dist.Work:
         """Tell rank ``peer`` of the group of a tensor to come, and of the generators as they are now."""
-        assert len(form.shape) <= _AXES, f"a value of {len(form.shape)} axes between stages"
+        if len(form.shape) > _AXES or form.dtype not in _DTYPES:
+            what = f"{form.dtype} with {len(form.shape)} axes"
+            raise TypeError(f"a pipeline's stages cannot send each other a tensor of {what}")
         head = [_DTYPES.index(form.dtype), int(form.has_gradient), len(form.shape), *form.shape]
         head += [0] * (3 + _AXES - len(head))
         note = torch.cat([torch.tensor(head).view(torch.uint8), *generator_states(self._device)])
@@ -104,9 +106,10 @@ class _Left(BaseException):
 class _StandIn(nn.Module):
     """In the place of a part: what the recipe calls computes one stage only."""
 
-    def __init__(self, compute: Callable[..., Tensor], *, last: bool) -> None:
+    def __init__(self, compute: Callable[..., Tensor], *, last: bool, training: bool) -> None:
         super().__init__()
         self._compute, self._last = compute, last
+        self.training = training
         self.called = False
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
@@ -118,9 +121,19 @@ class _StandIn(nn.Module):
             raise _Left
         return value
 
+    def _refuse(self, *args: Any, **options: Any) -> Any:
+        raise RuntimeError("in a pipeline, a recipe's function can only call its part: its weights are on other ranks")
+
+    named_parameters = named_buffers = named_modules = named_children = state_dict = _refuse
+
 
 def as_called(
-    part: str, compute: Callable[..., Tensor], use: Callable[[Mapping[str, nn.Module]], T], *, last: bool
+    part: str,
+    compute: Callable[..., Tensor],
+    use: Callable[[Mapping[str, nn.Module]], T],
+    *,
+    last: bool,
+    training: bool,
 ) -> T | None:
     """Call ``use``, a recipe's function of its parts, with ``compute`` in the place of ``part``.
 
@@ -128,7 +141,7 @@ def as_called(
     it returns, and is its result returned; and wherever it does not call the part at all.
     """
     try:
-        return use({part: _StandIn(compute, last=last)})
+        return use({part: _StandIn(compute, last=last, training=training)})
     except _Left:
         return None
 

@@ -14,6 +14,7 @@ from torch import nn
 from ..core.contracts import Scaling, Shard
 
 _FIRST, _GROWTH, _BACKOFF, _INTERVAL = 2.0**16, 2.0, 0.5, 2000  # of torch.amp.GradScaler
+_LARGEST = 2.0**100  # so that it stays finite
 
 
 class LossScale:
@@ -70,7 +71,7 @@ class LossScale:
             self._good += 1
             if self._good == _INTERVAL:
                 self._good.zero_()
-                self._scale *= _GROWTH
+                self._scale.mul_(_GROWTH).clamp_(max=_LARGEST)
         return Scaling(factor, int(self._skipped), overflowed)
 
     def state(self) -> Iterator[tuple[str, Shard]]:

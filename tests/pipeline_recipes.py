@@ -74,3 +74,41 @@ class Twice(Noisy):
 class Drawing(Noisy):
     def samples(self, parts: Mapping[str, nn.Module]) -> Mapping[str, Tensor]:
         return {"none": torch.zeros(1, 1, 2, 2)}
+
+
+class Looking(Noisy):
+    """Penalises its weights, which are not all on the rank that computes the loss."""
+
+    def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:
+        return super().loss(part, parts, batch) + sum(weight.square().sum() for weight in parts[part].parameters())
+
+
+class Link(nn.Module):
+    def __init__(self, *weights: nn.Parameter) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in weights)
+        for layer, weight in zip(self.layers, weights, strict=True):
+            layer.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+class Linked(dltrain.Recipe):
+    """Three stages: the first two share a weight, the last two another."""
+
+    def parts(self) -> dict[str, nn.Module]:
+        a, b = (nn.Parameter(torch.randn(64, 64) / 8) for _ in range(2))
+        return {"net": nn.Sequential(Link(a), Link(a, b), Link(b))}
+
+    def layout(self, part: str) -> Layout:
+        return Layout(pipeline=("0", "1", "2"))
+
+    def loss(self, part: str, parts: Mapping[str, nn.Module], batch: Batch) -> Tensor:
+        return functional.cross_entropy(parts[part](batch["x"])[:, :10], batch["y"])
+
+    def metrics(self, parts: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
+        return {"loss": functional.cross_entropy(parts["net"](batch["x"])[:, :10], batch["y"], reduction="none")}

@@ -181,6 +181,23 @@ def _unscale_apart(infinite: int) -> int:
     return 0 if LossScale("net").unscale([piece], world=2, device=piece.device).overflowed else 1
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_goes_on_from_before_its_first_good_step(tmp_path: Path, strategy: str) -> None:
+    job = (*HALF, "model.at=0", "train.ema=0.9", f"parallel.strategy={strategy}")
+    first = saved(train_ranks(tmp_path, 2, *job, "train.steps=1"))[1]
+    assert not [name for name in first if name.startswith("optimizer.")]
+    run = train_ranks(tmp_path, 2, *job, "train.steps=3")
+    assert [row["train/skipped_steps"] for row in run.rows()] == [1, 1, 1]
+    counts = [tensor.item() for name, tensor in saved(run)[3].items() if name.endswith(".step")]
+    assert set(counts) == {2.0}
+
+
+def test_scaling_begins_anew_after_another_precision(tmp_path: Path) -> None:
+    train_ranks(tmp_path, 1, *MODEL, "recipe=half_recipes:Scaled", "train.steps=2")
+    run = train_ranks(tmp_path, 1, *HALF, "train.steps=3")
+    assert [row.get("train/loss_scale") for row in run.rows()] == [None, None, 2.0**16]
+
+
 def test_ranks_agree_where_one_alone_has_infinities(tmp_path: Path) -> None:
     assert run_ranks(_unscale_apart, 2, tmp_path, 1) == [0, 0]
     assert run_ranks(_unscale_apart, 2, tmp_path, 2) == [1, 1]

@@ -132,6 +132,17 @@ def test_a_loss_that_calls_its_part_twice_is_told_so(tmp_path: Path) -> None:
         train_ranks(tmp_path, 2, "recipe=pipeline_recipes:Twice", "train.steps=1", PIPELINE)
 
 
+def test_a_loss_that_looks_into_its_part_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="a recipe's function can only call its part"):
+        train_ranks(tmp_path, 2, "recipe=pipeline_recipes:Looking", "train.steps=1", PIPELINE)
+
+
+@pytest.mark.slow
+def test_stages_may_share_different_weights_with_different_others(tmp_path: Path) -> None:
+    job = ("recipe=pipeline_recipes:Linked", "train.clip_norm=0.5")
+    check_alike(*both(tmp_path, *job, ranks=3, how=("parallel.pipeline=3",)))
+
+
 TO_SHARD = ("parallel.pipeline", "1 would do, with strategy: fsdp where memory is short")
 NOISY = "pipeline_recipes:Noisy"
 REFUSED = {

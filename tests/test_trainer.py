@@ -110,6 +110,9 @@ def test_a_run_may_begin_with_anothers_weights_alone(tmp_path: Path) -> None:
             assert torch.equal(after[average], before[name])  # not the other run's average
     train(tmp_path / "three", init_from=str(tmp_path / "one"), train={"steps": 1})
     third = read(Storage(str(tmp_path / "three")), open_manifest(Storage(str(tmp_path / "three")), 1))
+    train(tmp_path / "half", init_from=str(tmp_path / "one"), train={"steps": 1, "precision": "fp16"})
+    half = read(Storage(str(tmp_path / "half")), open_manifest(Storage(str(tmp_path / "half")), 1))
+    assert any(name.startswith("scaling.") for name in half)
     counts = [value for name, value in third.items() if name.endswith(".step")]
     assert counts
     assert all(float(count) == 1 for count in counts)  # and not 4

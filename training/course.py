@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -37,7 +38,7 @@ class Watch:
             known = ", ".join(sorted(metrics)) or "there are none"
             raise JobError(Problem(f"no metric '{self._metric}' is evaluated", self.where, f"known: {known}"))
         value = self._sign * metrics[self._metric]
-        if self._best is None or value < self._best - self._min_delta:
+        if not math.isnan(value) and (self._best is None or value < self._best - self._min_delta):
             self._best, self._since = value, 0
             return False
         self._since += 1
@@ -52,10 +53,12 @@ class Watch:
         return self._best is not None and self._since == 0
 
     def state(self) -> dict[str, Any]:
-        return {"best": self._best, "since": self._since}
+        return {"metric": self._metric, "sign": self._sign, "best": self._best, "since": self._since}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self._best, self._since = state["best"], state["since"]
+        """Go on from a checkpoint's, unless that is of another metric or goal."""
+        if (state["metric"], state["sign"]) == (self._metric, self._sign):
+            self._best, self._since = state["best"], state["since"]
 
 
 class Course:

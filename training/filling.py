@@ -23,10 +23,16 @@ Filler = Callable[[Storage, Manifest, ShardedState], None]
 def fill_all(storage: Storage, manifest: Manifest, shards: ShardedState) -> None:
     """Copy the checkpoint's slices into ``shards``; only these are read.
 
+    Loss scaling that the checkpoint does not know begins as it does in a new run, and so does the optimizer of a part
+    of which scaling has skipped every step so far.
+
     Raises:
         JobError: the checkpoint has no tensor of a shard's name and whole shape.
         CorruptCheckpoint: a piece of it is damaged.
     """
+    shards = {name: s for name, s in shards.items() if name in manifest.tensors or not name.startswith("scaling.")}
+    fresh = {name: shards[name] for name in _not_begun(manifest, shards)}
+    shards = {name: shard for name, shard in shards.items() if name not in fresh}
     for name, shard in shards.items():
         entry = manifest.tensors.get(name)
         if entry is None and name.startswith("optimizer."):
@@ -40,6 +46,15 @@ def fill_all(storage: Storage, manifest: Manifest, shards: ShardedState) -> None
     with torch.no_grad():
         for name, shard in shards.items():
             shard.take(saved[name])
+        for shard in fresh.values():
+            shard.data.zero_()
+
+
+def _not_begun(manifest: Manifest, shards: ShardedState) -> list[str]:
+    """The optimizers' tensors of parts that had not made a step that was not skipped."""
+    begun = {name.split(".")[1] for name in manifest.tensors if name.startswith("optimizer.")}
+    scaled = {name.split(".")[1] for name in manifest.tensors if name.startswith("scaling.")}
+    return [name for name in shards if name.startswith("optimizer.") and name.split(".")[1] in scaled - begun]
 
 
 def fill_weights(storage: Storage, manifest: Manifest, shards: ShardedState, *, names: set[str]) -> None:
@@ -55,7 +70,7 @@ def fill_weights(storage: Storage, manifest: Manifest, shards: ShardedState, *, 
     saved = {name for name in manifest.tensors if name.startswith("model.")}
     wrong = [f"it has no {name}" for name in sorted(names - saved)]
     wrong += [f"the model has no {name}" for name in sorted(saved - names)]
-    sources = {name: name.replace("ema.", "model.", 1) for name in shards if not name.startswith("optimizer.")}
+    sources = {name: name.replace("ema.", "model.", 1) for name in shards if name.startswith(("model.", "ema."))}
     for name, source in sorted(sources.items()):
         entry = manifest.tensors.get(source)
         if name == source and entry is not None and tuple(entry.shape) != shards[name].shape:
@@ -73,5 +88,5 @@ def fill_weights(storage: Storage, manifest: Manifest, shards: ShardedState, *, 
         for name, shard in shards.items():
             if name in sources:
                 shard.take(found[sources[name]])
-            else:
-                shard.data.zero_()  # as optimizers begin
+            elif name.startswith("optimizer."):
+                shard.data.zero_()  # as they begin
