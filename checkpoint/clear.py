@@ -11,6 +11,8 @@ from ..core.errors import JobError, Problem
 from ..core.storage import Storage
 from .locate import Place, reading, steps_of
 from .manifest import MANIFEST, folder_name, folder_step
+from .reader import open_manifest
+from .retention import Best
 from .verify import verify
 
 
@@ -90,9 +92,20 @@ def _surplus(storage: Storage, steps: list[int], keep: int | None, notes: list[s
             continue
         if step not in steps[:keep]:
             notes.append(f"{folder_name(step)} is the newest that is whole: it stays")
-        return [other for other in steps[keep:] if other != step]
+        best = _best(storage, step, steps)
+        if best is not None and best not in steps[:keep]:
+            notes.append(f"{folder_name(best)} is the best by the run's 'keep_best': it stays")
+        return [other for other in steps[keep:] if other not in (step, best)]
     notes.append("no complete checkpoint is whole: all of them stay")
     return []
+
+
+def _best(storage: Storage, newest: int, steps: list[int]) -> int | None:
+    """The best of ``steps`` by what the job of the ``newest`` keeps; None where it keeps none."""
+    spec = open_manifest(storage, newest).job.get("checkpoint")
+    if not isinstance(spec, dict) or not isinstance(metric := spec.get("keep_best"), str):
+        return None
+    return Best(metric, "max" if spec.get("keep_best_goal") == "max" else "min").among(storage, steps)
 
 
 def _is_whole(storage: Storage, step: int) -> bool:

@@ -13,11 +13,11 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.errors import JobError, Problem
+from ..core.processes import Process, boot, namespace
 from ..core.storage import Storage
 
 LEASE = "lease.json"
@@ -35,16 +35,20 @@ class Lease(BaseModel):
     Attributes:
         token: of this taking; what is written under another is not the holder's.
         run: the run's id.
-        pid: process that took it, on ``host``.
-        began: when that process began, in clock ticks after ``host`` did: process ids are used again.
+        boot, namespace: the start of that machine, and what process numbers are good for there: names of machines may
+            be the same.
+        pid: process that took it.
+        began: when that process began, in clock ticks after the machine did: process numbers are used again.
         since, renewed: Unix time in seconds.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     token: str
     run: str
     host: str
+    boot: str
+    namespace: str
     pid: int
     began: int
     since: float
@@ -70,8 +74,10 @@ def take(storage: Storage, run: str, *, pid: int, on_message: Callable[[str], No
             token=secrets.token_hex(8),
             run=run,
             host=socket.gethostname(),
+            boot=boot(),
+            namespace=namespace(),
             pid=pid,
-            began=_began(pid) or 0,
+            began=process.started if (process := Process.of(pid)) else 0,
             since=now,
             renewed=now,
         )
@@ -113,8 +119,8 @@ def release(storage: Storage, token: str) -> None:
 
 def _expect_over(storage: Storage, held: Lease, on_message: Callable[[str], None], where: str) -> None:
     """Return if the holder's run is over, and say so."""
-    if held.host == socket.gethostname() and held.began:
-        if _began(held.pid) == held.began:
+    if (held.boot, held.namespace) == (boot(), namespace()):
+        if Process(held.pid, held.began).alive:
             raise _taken(storage, held, where)
         on_message(f"taking over {storage} from {held}, whose process is gone")
         return
@@ -152,20 +158,15 @@ def _created(storage: Storage, data: list[bytes]) -> bool:
     try:
         return storage.create(LEASE, data)
     except FileExistsError:
+        if _read(storage) is None:  # damaged, so it protects nothing
+            storage.write(LEASE, data)
+            return False
         return True
-
-
-def _began(pid: int) -> int | None:
-    """When a process of this machine began, in clock ticks after the machine; None if there is none (proc(5), stat)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def torchrun_owner() -> tuple[str, int]:
     """The run and its process for a rank without a launcher: torchrun's agent, which starts ranks again, or itself."""
     pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    return f"torchrun-{socket.gethostname()}-{pid}", pid
+    process = Process.of(pid)
+    began = process.started if process else 0
+    return f"torchrun-{socket.gethostname()}-{boot()[:8]}-{namespace()}-{pid}-{began}", pid

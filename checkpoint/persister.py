@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 from ..core.errors import DltrainError
 from ..core.storage import Storage
 from ..core.wire import Channel
-from .lease import RENEW, renew
+from .lease import RENEW, Lease, renew
 from .retention import Best, prune
 from .saving import GivenUp, Patience, Saving, Snapshot, snapshot_from
 
@@ -73,6 +73,7 @@ class Persister:
         self._setup: dict[str, Any] = {}
         self._storage: Storage | None = None
         self._best: Best | None = None
+        self._lost: Lease | None = None
         self._images: dict[int, mmap.mmap] = {}
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
@@ -229,7 +230,7 @@ class Persister:
     def _prune(self) -> None:
         try:
             prune(self._open(), self._setup["keep"], self._best)
-        except OSError as error:
+        except (OSError, ValueError, DltrainError) as error:
             self._say({"t": "note", "text": f"older checkpoints cannot be removed: {error}"})
 
     def _trouble(self, snapshot: Snapshot, why: str) -> None:
@@ -239,16 +240,19 @@ class Persister:
     def _before_commit(self, snapshot: Snapshot) -> None:
         """Raises GivenUp if there must be no manifest: this run has lost the folder, say."""
         self._settle(snapshot)
-        other = renew(self._open(), self._setup["lease"])
+        other = self._lost or renew(self._open(), self._setup["lease"])
         if other is not None:
             raise GivenUp(f"{other} has taken over {self._open()}")
 
     def _renew(self) -> None:
         """Keep the folder this run's. Runs in a thread of its own, on rank 0."""
-        while True:
+        while not self._rank_gone:
             with contextlib.suppress(OSError, DltrainError):  # the next time, or before a manifest is written
-                if renew(self._open(), self._setup["lease"]) is not None:
-                    return
+                self._lost = renew(self._open(), self._setup["lease"])
+            if self._lost is not None:
+                text = f"{self._lost} has taken over {self._open()}: no checkpoint is written any more"
+                self._say({"t": "note", "text": text})
+                return
             time.sleep(RENEW)
 
     def _settle(self, snapshot: Snapshot) -> None:

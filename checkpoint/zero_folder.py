@@ -77,15 +77,15 @@ def open_zero(folder: Path, source: str) -> tuple[str, Pieces]:
     try:
         flat = [[_tensor(group) for group in state[groups]] for state in states]
         ranks = _dealt(flat, models) if stage3 else _shared(flat, models[0], states[0])
+        ranks[0] = {**_kept(models[0], all_of_it=not stage3), **ranks[0]}
+        for alias, name in models[0].get("shared_params", {}).items():
+            for rank in ranks:
+                if name in rank:
+                    rank[alias] = rank[name]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise JobError(Problem(f"this is no ZeRO checkpoint that can be read: {error!r}", source)) from None
     except ValueError as error:
         raise JobError(Problem(str(error), source)) from None
-    ranks[0] = {**_kept(models[0], all_of_it=not stage3), **ranks[0]}
-    for alias, name in models[0].get("shared_params", {}).items():
-        for rank in ranks:
-            if name in rank:
-                rank[alias] = rank[name]
     stage = "3" if stage3 else "1 or 2"
     step = models[0].get("global_steps", "?")
     return f"a DeepSpeed ZeRO {stage} checkpoint of step {step} and {world} ranks", tuple(ranks)

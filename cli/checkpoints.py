@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from ..checkpoint.clear import carry_out, plan
 from ..checkpoint.compare import Side, compare
 from ..checkpoint.describe import Listed, best_metrics, listing, named_like, tensor_bytes, written_by
 from ..checkpoint.export import convert
-from ..checkpoint.locate import choose, locate, open_chosen, reading, steps_of
+from ..checkpoint.lease import release, take
+from ..checkpoint.locate import Place, choose, locate, open_chosen, reading, steps_of
 from ..checkpoint.manifest import Manifest, TensorEntry, folder_name
 from ..checkpoint.verify import verify
 from ..checkpoint.weights import select
@@ -171,7 +174,7 @@ def clear_checkpoints(source: str, *, keep: int | None, older_than: str, yes: bo
     except ValueError as error:
         raise JobError(Problem(str(error), "--older-than")) from None
     place = locate(source)
-    with held(place.run) if yes else contextlib.nullcontext():
+    with _alone(place) if yes else contextlib.nullcontext():
         found = plan(place, keep=keep, older_than=seconds, now=time.time())
         for note in found.notes:
             sys.stdout.write(f"{note}\n")
@@ -187,6 +190,22 @@ def clear_checkpoints(source: str, *, keep: int | None, older_than: str, yes: bo
         sys.stdout.write(f"removed {count}, {total}\n" if found.removals else "there is nothing to remove\n")
     else:
         sys.stdout.write(f"would remove {count}, {total}; '--yes' does it\n")
+
+
+@contextlib.contextmanager
+def _alone(place: Place) -> Generator[None]:
+    """Keep every run out of the folder meanwhile, this machine's and others'.
+
+    Raises:
+        JobError: one is at work there.
+    """
+    with held(place.run):
+        say = partial(print, file=sys.stderr)
+        token = take(place.storage, f"gc-{os.getpid()}", pid=os.getpid(), on_message=say, where=place.source)
+        try:
+            yield
+        finally:
+            release(place.storage, token)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ process and goes out with the next message.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import socket
@@ -60,6 +61,11 @@ class Channel:
         *lines, rest = bytes(self._in).split(b"\n")
         self._in = bytearray(rest)
         return [json.loads(line) for line in lines]
+
+    def end(self) -> None:
+        """Send no more; what the peer still says can be received, until it has closed its end."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self.closed = True

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import Problem
+from ..core.processes import Process
 from ..core.wire import Channel
 from . import untyped
 from .held_rank import HeldRank, fork_rank
@@ -28,7 +29,6 @@ from .host import ChildEvent, ForkServer, HostError, server_name
 from .machine import interface_address, interface_of, numa_nodes, rank_environment, usable_cpus, visible_gpus
 from .messages import AgentReport, ChildSpec, NodeInfo, RankBeat, RankEvent, RankPlan
 from .precheck import check_job
-from .processes import Process
 from .rundir import Record
 from .stacks import Look, look_at
 
@@ -192,7 +192,8 @@ class NodeAgent:
         """Have every persister end at once, whatever it is writing."""
         with self._lock:
             for rank in self._ranks.values():
-                self._close_news(rank)
+                if rank.news is not None:
+                    rank.news.end()  # its closing in turn says that it has ended
 
     def signal(self, signum: int) -> None:
         """Send a signal to the process group of every living rank."""
@@ -315,11 +316,6 @@ class NodeAgent:
                 if channel.closed:
                     self._unregister(channel)
         return found
-
-    def _close_news(self, rank: HeldRank) -> None:
-        if rank.news is not None and not rank.news.closed:
-            self._unregister(rank.news)
-            rank.news.close()
 
     def _unregister(self, channel: Channel) -> None:
         with contextlib.suppress(KeyError):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ..core.errors import Interrupted, JobError, RunFailed
 from ..core.job import RecoverySpec, TrackingSpec
+from ..core.processes import Driver
 from ..tracking.outcome import Outcome
 from ..tracking.report import write_report
 from .controller import Controller, Ending
@@ -22,7 +23,6 @@ from .interrupt import StopRequests
 from .live import Live
 from .metrics import Metrics
 from .policy import Action
-from .processes import Driver
 from .rundir import RunDir, State, describe_environment
 from .session import Session
 from .view import View, duration

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..core.processes import Process
 from ..core.pulse import Pulse
 from ..core.wire import Channel
 from .host import ForkServer
 from .messages import RankPlan, Stream
-from .processes import Process
 from .stacks import Sheet
 
 _CHUNK = 1 << 16

@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from ..core.errors import RunFailed
 from ..core.rows import RunRow
 from .failure import Cost, Report
 from .rundir import RunDir
@@ -51,8 +52,11 @@ class FailureReports:
         report, at = self._open
         self._open = None
         cost = Cost(self._start, max(0, report.reached - self._start), max(0.0, row.at - at))
-        path = self._put(replace(report, cost=cost))
-        self._view.note(f"back after {cost.seconds:.1f} s, with {cost.steps} steps done again: {path}")
+        back = f"back after {cost.seconds:.1f} s, with {cost.steps} steps done again"
+        try:
+            self._view.note(f"{back}: {self._put(replace(report, cost=cost))}")
+        except RunFailed as error:  # a report is not worth the run that it is about
+            self._view.note(f"{back}; the report could not be completed: {error}")
 
     def _put(self, report: Report) -> Path:
         stem = f"failures/{report.generation:04d}"

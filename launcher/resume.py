@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.lease import release, take
+from ..checkpoint.lease import RENEW, release, renew, take
 from ..checkpoint.manifest import CorruptCheckpoint, Manifest
 from ..checkpoint.reader import catalogue, open_manifest
 from ..core.errors import JobError, Problem
@@ -86,11 +86,23 @@ def leased(storage: Storage, run: RunDir, on_message: Callable[[str], None]) -> 
         JobError: another run is at work there.
     """
     token = take(storage, run.record.id, pid=os.getpid(), on_message=on_message, where="checkpoint.to")
+    over = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(storage, token, over), daemon=True)
+    renewing.start()
     try:
         yield token
     finally:
+        over.set()
+        renewing.join(RENEW)  # a late renewal would bring the lease back
         with contextlib.suppress(OSError):  # then it ends by itself
             release(storage, token)
+
+
+def _renew(storage: Storage, token: str, over: threading.Event) -> None:
+    """Keep the folder this run's, also while there are no ranks."""
+    while not over.wait(RENEW):
+        with contextlib.suppress(OSError):
+            renew(storage, token)
 
 
 def decide_start(job: Job, *, runs: Path, resume: str, init_from: str = "", on_message: Callable[[str], None]) -> Start:
@@ -118,8 +130,11 @@ def _weights_folder(job: Job, named: str) -> str:
     """The checkpoint folder that a path or URL of a run or of checkpoints means."""
     run = Path(named)
     if (run / "run.json").is_file():
-        checkpoint = json.loads((run / "run.json").read_text()).get("job", {}).get("checkpoint", {})
-        named = checkpoint.get("to") or str(run / "checkpoints")
+        record = Record.read(run)
+        if record is None:
+            hint = "name its folder of checkpoints"
+            raise JobError(Problem(f"the run.json of {named} cannot be read", "--init-from", hint))
+        named = record.job.get("checkpoint", {}).get("to") or str(run / "checkpoints")
     storage = open_storage(job, named, "--init-from")
     with _readable(storage, "--init-from"):
         if not catalogue(storage):

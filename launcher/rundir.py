@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 
 from ..core.errors import JobError, Problem, RunFailed
 from ..core.job import Job
-from .processes import Driver
+from ..core.processes import Driver
 
 State = Literal["running", "finished", "stopped", "failed"]
 

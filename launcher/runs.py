@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import JobError, Problem, RunFailed, did_you_mean
+from ..core.processes import Process
 from ..tracking.journal import last_row, plain
 from .live import FILE
-from .processes import Process
 from .rundir import Record, newest_run
 
 Standing = Literal["running", "finished", "stopped", "failed", "died"]
@@ -173,11 +173,14 @@ def standing(record: Record) -> Standing:
 
 
 def _facts(run: Path) -> dict[str, Any]:
-    """What the driver of the run wrote last; empty where it has not."""
+    """What the present driver of the run wrote last; empty where it has not."""
+    record = Record.read(run)
+    since = record.driver.since if record and record.driver else 0.0
     try:
-        return json.loads((run / FILE).read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads((run / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return facts if facts["at"] >= since else {}
 
 
 class _Requests:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .processes import Process
+from ..core.processes import Process
 
 #: A real-time signal, which neither Python, torch nor a batch system uses.
 SIGNAL = signal.SIGRTMIN + 11

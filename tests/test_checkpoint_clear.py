@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command import Done, dltrain
+from dltrain.checkpoint.lease import holder, release, take
 from dltrain.checkpoint.reader import catalogue
 from dltrain.checkpoint.retention import set_aside
 from dltrain.core.storage import Storage
@@ -53,6 +54,20 @@ def test_it_names_first_and_removes_when_told(storage: Storage) -> None:
     assert storage.folders() == ["step-00000002"]
     assert "nothing to remove" in gc(storage, "--keep", "1", "--yes").out
     assert storage.folders() == ["step-00000002"]
+
+
+def test_a_folder_that_a_run_writes_to_is_left_alone(local: Storage) -> None:
+    for step in (1, 2):
+        save(local, step, whole(make_state(), 1))
+    token = take(local, "another run", pid=os.getpid(), on_message=print, where="checkpoint.to")
+    done = gc(local, "--keep", "1", "--yes")
+    assert done.code == 2
+    assert "in use by run another run" in done.err
+    assert steps(local) == [2, 1]
+    release(local, token)
+    assert gc(local, "--keep", "1", "--yes").code == 0
+    assert steps(local) == [2]
+    assert holder(local) is None
 
 
 def test_what_a_killed_writer_left_is_as_old_as_its_partial_file(local: Storage) -> None:

@@ -67,7 +67,7 @@ def test_a_run_that_is_over_gives_way_and_that_is_said(local: Storage) -> None:
     _, said = taken(local, "bbbb")
     assert "taking over" in said[0]
     assert "whose process is gone" in said[0]
-    change(local, host="elsewhere")
+    change(local, host="elsewhere", boot="another")
     with pytest.raises(JobError, match="on elsewhere"):
         taken(local, "cccc")
     found = holder(local)
@@ -77,12 +77,28 @@ def test_a_run_that_is_over_gives_way_and_that_is_said(local: Storage) -> None:
     assert "has not been heard of for 6" in said[0]
 
 
+@pytest.mark.parametrize("elsewhere", [{"boot": "another"}, {"namespace": "pid:[1]"}])
+def test_another_machine_of_the_same_name_is_another(local: Storage, elsewhere: dict[str, str]) -> None:
+    taken(local, "aaaa")
+    change(local, pid=2**22 + 1, **elsewhere)  # a number that no process has here
+    with pytest.raises(JobError, match="in use by run aaaa"):
+        taken(local, "bbbb")
+
+
+def test_a_damaged_lease_protects_nothing(local: Storage) -> None:
+    local.write(lease.LEASE, [b"{}"])
+    token, _ = taken(local, "aaaa")
+    found = holder(local)
+    assert found is not None
+    assert found.token == token
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_of_two_that_come_at_once_one_gets_it(local: Storage, monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
     """Between the look and the write of one, another takes the lease."""
     if not first:
         taken(local, "over")
-        change(local, host="elsewhere", renewed=0.0)
+        change(local, host="elsewhere", boot="another", renewed=0.0)
     real: Callable[[Storage], Lease | None] = lease._read
     looks = 0
 

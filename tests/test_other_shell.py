@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from dltrain.core.errors import JobError
 from dltrain.core.job import Job
+from dltrain.core.processes import Driver, Process
 from dltrain.launcher.logs import Logs, Pick
-from dltrain.launcher.processes import Driver, Process
 from dltrain.launcher.rundir import Record, RunDir
 from dltrain.launcher.runs import find_run, look, stop_run
 from dltrain.tracking.journal import Journal

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from dltrain.core.processes import Process
 from dltrain.core.rows import RunRow
 from dltrain.launcher.messages import RankBeat
-from dltrain.launcher.processes import Process
 from dltrain.launcher.stacks import Look, Sheet, look_at
 from dltrain.launcher.stall import Place, StallWatch, stalled, tell_stall
 from launching import Sandbox, wait_for

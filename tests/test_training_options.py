@@ -131,6 +131,15 @@ def test_a_metric_may_be_better_when_higher() -> None:
     assert [watch.worn({"val/accuracy": value}) for value in values] == [*(3 * [False]), True, False, False, True]
 
 
+def test_a_metric_that_is_no_number_is_never_the_best() -> None:
+    watch = Watch("val/loss", "min", where="", patience=2)
+    values = (float("nan"), 1.0, 0.5, float("nan"), 0.4)
+    assert [watch.worn({"val/loss": value}) for value in values] == [False] * 5
+    other = Watch("val/accuracy", "max", where="", patience=2)
+    other.load(watch.state())  # another metric's best says nothing
+    assert other.state()["best"] is None
+
+
 @pytest.mark.usefixtures("empty_folder")
 def test_watching_without_a_validation_part_or_a_metric_that_nobody_evaluates_is_refused(tmp_path: Path) -> None:
     no_val = "data: {split: {train: 0.9, val: 0, test: 0.1}}\n"

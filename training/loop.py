@@ -112,7 +112,8 @@ class Trainer:
             self._draw(done)
         if done > 0 and self._snapshots.newest != done:
             self._save(done, end)
-        self._snapshots.finish(_LAST_SAVE if finished else self._job.recovery.stop_grace * _SHARE_OF_GRACE)
+        patience = _LAST_SAVE if finished else self._job.recovery.stop_grace * _SHARE_OF_GRACE
+        self._snapshots.finish(patience, alive=partial(self._pulse.mark, "checkpoint"))
         self._reporter.sync()
         if self._ctx.rank == 0:
             status = "finished" if finished else "stopped"
@@ -124,7 +125,7 @@ class Trainer:
         Raises:
             JobError: the checkpoint lies beyond the job's end.
         """
-        self._pulse.mark("checkpoint")
+        self._pulse.mark("setup")
         manifest = self._snapshots.restore(self._engine, urls)
         if manifest is None and init_from:
             self._snapshots.initialize(self._engine, init_from)

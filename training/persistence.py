@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import persister
 
-_SEND = 5.0
+_SEND, _REAP = 5.0, 2.0
 _MAX_MESSAGE = 1 << 16
 
 
@@ -53,8 +54,7 @@ class Persister:
         self.close()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+        self._reap()
         self._start()
         self.open(**{name: value for name, value in self._setup.items() if name != "t"})
 
@@ -100,10 +100,21 @@ class Persister:
                 raise PersisterLost
             found.append(json.loads(data))
 
+    def wait(self, seconds: float) -> None:
+        """Wait until it has said something, or is gone."""
+        _ready(self._sock, select.POLLIN, seconds)
+
+    def _reap(self) -> None:
+        """See the killed process off. One that the kernel still holds, as for a disk, comes to nothing any more."""
+        deadline = time.monotonic() + _REAP
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(self.pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
+                time.sleep(0.005)
+
     def _send(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
         data = json.dumps(message).encode()
         try:
-            if not select.select([], [self._sock], [], _SEND)[1]:
+            if not _ready(self._sock, select.POLLOUT, _SEND):
                 raise PersisterLost  # stopped, or stuck: its main thread does nothing but hear
             socket.send_fds(self._sock, [data], fds or [], socket.MSG_NOSIGNAL)
         except OSError:
@@ -128,3 +139,10 @@ class Persister:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=tuple(sockets.values()))
         child.returncode = 0  # Popen would wait for it: restart() does that
         return child.pid
+
+
+def _ready(sock: socket.socket, event: int, seconds: float) -> bool:
+    """Whether ``sock`` can be read or written within ``seconds``; select(2) would take no descriptor above 1023."""
+    poll = select.poll()
+    poll.register(sock, event)
+    return bool(poll.poll(1000 * seconds))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -125,8 +124,11 @@ class Snapshots:
             if self._given:  # else there is nothing to start another for
                 self._start_again()
 
-    def finish(self, timeout: float) -> None:
+    def finish(self, timeout: float, *, alive: Callable[[], None] = lambda: None) -> None:
         """Wait until the newest snapshot is durable. Collective.
+
+        Args:
+            alive: called about every second, so that nobody takes the wait for a stall.
 
         Raises:
             SaveFailed: it is not, after ``timeout`` seconds, or while the storage fails; or it could not be written (on
@@ -134,6 +136,7 @@ class Snapshots:
         """
         begin, told, since = time.monotonic(), self._rank != 0, 0.0
         while True:
+            alive()
             waited = time.monotonic() - begin
             since = 0.0 if not self._trouble else since or waited
             hopeless = waited > timeout or (since > 0 and waited - since > _HOPELESS)
@@ -145,7 +148,7 @@ class Snapshots:
                 text = f"waiting for the checkpoint of step {self.newest} to be written (at most {timeout:g} s)"
                 self._reporter.send("note", text=text)
             if self._given:
-                select.select([self._persister], [], [], 1.0)
+                self._persister.wait(1.0)
                 self.poll()
         if self._given:
             self._drop(self._given)
@@ -196,7 +199,7 @@ class Snapshots:
         while len(self._given) == _STAGES:
             if time.monotonic() > deadline:
                 self._start_again()
-            select.select([self._persister], [], [], 1.0)
+            self._persister.wait(1.0)
             self.poll()
         taken = {staged.stage for staged in self._given}
         free = next(index for index in range(_STAGES) if index not in taken)

@@ -91,7 +91,7 @@ class Driver:
         """This process, from now on."""
         me = Process.of(os.getpid())
         assert me is not None
-        return cls(socket.gethostname(), _boot(), _namespace(), me, time.time())
+        return cls(socket.gethostname(), boot(), namespace(), me, time.time())
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -101,14 +101,14 @@ class Driver:
     @property
     def is_here(self) -> bool:
         """Whether it runs, or ran, where this process can see it."""
-        return (self.boot, self.namespace) == (_boot(), _namespace())
+        return (self.boot, self.namespace) == (boot(), namespace())
 
     @property
     def gone(self) -> bool:
         """Whether it has ended for certain: as this process sees, or with an earlier start of this machine."""
         if self.is_here:
             return not self.process.alive
-        return self.host == socket.gethostname() and self.boot != _boot()
+        return self.host == socket.gethostname() and self.boot != boot()
 
 
 def _stat(pid: int) -> list[str]:
@@ -120,9 +120,11 @@ def _stat(pid: int) -> list[str]:
     return text.rpartition(")")[2].split()  # the name in parentheses may hold anything
 
 
-def _boot() -> str:
+def boot() -> str:
+    """What tells this start of the machine from all others (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _namespace() -> str:
+def namespace() -> str:
+    """What this process's process numbers are good for (pid_namespaces(7))."""
     return str(Path("/proc/self/ns/pid").readlink())
