@@ -125,8 +125,8 @@ class StandaloneReporter(Reporter):
                     self._print(f"step {row.step}  " + "  ".join(f"{name} {value}" for name, value in shown.items()))
 
     def unsettled(self) -> int:
-        if self._journal is not None:
-            self._journal.flush()
+        if self._journal is not None and not self._journal.flush():
+            self._print("the metrics are not on the disk; saving all the same")
         return 0
 
     def image(self, step: int, name: str, png: bytes) -> None:
