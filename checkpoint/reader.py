@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -17,9 +18,12 @@ from .manifest import MANIFEST, CorruptCheckpoint, Manifest, PieceEntry, folder_
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
+
 #: A slice of a tensor: the index of its first element along each axis, and its extent.
 Slice = tuple[tuple[int, ...], tuple[int, ...]]
 
+_READERS = 4  # threads, each with one run in memory
 _RUN = 16 << 20  # bytes that are read at once, where pieces follow each other; glibc reuses memory up to 32 MiB
 
 
@@ -78,7 +82,8 @@ def read_arrays(
     pieces = sorted(_touched(manifest, wanted), key=lambda item: (item[1].file, item[1].begin))
     _check_files(storage, manifest.step, pieces)
     arrays = {fqn: np.empty(shape, _bits(manifest, fqn)) for fqn, (_, shape) in wanted.items()}
-    for run in runs(pieces):
+
+    def load(run: list[tuple[str, PieceEntry]]) -> None:
         file, begin = run[0][1].file, run[0][1].begin
         data = storage.read_range(f"{folder_name(manifest.step)}/{file}", begin, run[-1][1].end)
         for fqn, piece in run:
@@ -88,7 +93,25 @@ def read_arrays(
                 raise CorruptCheckpoint(manifest.step, file, fqn, why)
             box = np.frombuffer(block, arrays[fqn].dtype).reshape(piece.shape)
             _copy_overlap(box, piece.offset, arrays[fqn], wanted[fqn][0])
+
+    _for_each(load, list(runs(pieces)))
     return arrays
+
+
+def _for_each(load: Callable[[T], None], items: Sequence[T]) -> None:
+    """Call ``load`` with each, several at a time: storage takes its time, and hashing one leaves other cores idle."""
+    if len(items) < 2:
+        for item in items:
+            load(item)
+        return
+    with ThreadPoolExecutor(min(_READERS, len(items)), "dltrain-read") as pool:
+        futures = [pool.submit(load, item) for item in items]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _touched(manifest: Manifest, wanted: Mapping[str, Slice]) -> Iterator[tuple[str, PieceEntry]]:

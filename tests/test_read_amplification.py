@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from .checkpoints import State, assert_same, grid, rows, save, whole
 Cut = Callable[[State], list[dict[str, Shard]]]
 
 
+LOCK = threading.Lock()  # several reads are made at a time
+
+
 class CountedFileSystem(LocalFileSystem):
     """Local files behind ``counted://``; ``handed_out`` is what all reads of shards returned, in bytes."""
 
@@ -33,7 +37,8 @@ class CountedFileSystem(LocalFileSystem):
     def cat_file(self, path: Any, start: int | None = None, end: int | None = None, **options: Any) -> Any:
         data = super().cat_file(path, start, end, **options)
         if str(path).endswith(".safetensors"):
-            CountedFileSystem.handed_out += len(data)
+            with LOCK:
+                CountedFileSystem.handed_out += len(data)
         return data
 
 
