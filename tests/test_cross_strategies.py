@@ -85,8 +85,8 @@ def test_a_language_model_goes_on_from_every_other(origins: Origins, setup: str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", WHOLE)
-def test_a_gan_goes_on_from_every_other(origins: Origins, setup: str, tmp_path: Path) -> None:
-    check_all(origins, tmp_path, GAN, setup, WHOLE)
+def test_a_gan_goes_on_from_one_of_every_kind(origins: Origins, setup: str, tmp_path: Path) -> None:
+    check_all(origins, tmp_path, GAN, setup, ("ddp × 1", "fsdp × 2", "zero1 × 2", "zero3 × 4"))
 
 
 @pytest.mark.parametrize(("setup", "other"), [("fsdp × 2", "zero3 × 2"), ("zero1 × 2", "tensor × 2")])
