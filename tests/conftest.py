@@ -20,8 +20,9 @@ from stage import uninterrupted
 if TYPE_CHECKING:
     from s3_server import S3Server
 
-# A shell has what it starts in the background ignore SIGINT, and every process inherits that.
+# A shell has what it starts in the background ignore these, and every process inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture
