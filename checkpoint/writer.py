@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..core.contracts import ShardedState
 
 # Bytes under one hash, so that a slice can be read and verified alone: about a 128th of the tensor, in these bounds.
-_PARTS, _LEAST, _MOST = 128, 8 << 10, 8 << 20
+_PARTS, _LEAST, _MOST = 128, 256 << 10, 8 << 20
 _INLINE = 64 << 10  # bytes that are hashed sooner than a thread can be told to
 
 

@@ -161,7 +161,7 @@ def save_and_die(url: str, *, rows: int, columns: int, at: Iterable[int]) -> lis
 
 def test_a_save_killed_anywhere_leaves_the_older_checkpoint(local: Storage) -> None:
     """SIGKILL before every chunk that a save writes: headers and pieces of two shards, the manifest."""
-    *killed, survivor = save_and_die(str(local), rows=3, columns=1 << 10, at=range(100))
+    *killed, survivor = save_and_die(str(local), rows=3, columns=1 << 15, at=range(100))
     assert len(killed) == 2 * (1 + 2 * 2) + 1
     for step in killed:
         folder = Path(str(local), f"step-{step:08d}")

@@ -101,7 +101,7 @@ def test_what_was_cut_finer_is_read_once(counted: str, saved: str, loaded: str) 
     ("saved", "loaded"),
     [("ddp 1", "rows 2"), ("ddp 1", "rows 3"), ("ddp 1", "rows 8"), ("rows 2", "rows 4"), ("rows 3", "rows 8")],
 )
-@pytest.mark.parametrize("megabytes", [1, 64])
+@pytest.mark.parametrize("megabytes", [32, 128])
 def test_each_of_more_ranks_reads_its_slice(counted: str, saved: str, loaded: str, megabytes: int) -> None:
     state: State = {"model.m.matrix": torch.arange(megabytes << 18, dtype=torch.int32).reshape(-1, 256)}
     save(Storage(counted), 1, CUTS[saved](state))
