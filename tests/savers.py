@@ -95,6 +95,22 @@ def saves_while_its_persister_is_killed(url: str, kills: int, seed: int) -> int:
     return 0
 
 
+def waits_for_a_persister_that_stands_still(url: str) -> int:
+    """Save one step; the persister goes on once the rank has said three times that it is alive."""
+    snapshots, persister, _ = open_snapshots(url)
+    os.kill(persister.pid, signal.SIGSTOP)
+    take(snapshots, 1)
+    said: list[None] = []
+
+    def alive() -> None:
+        said.append(None)
+        if len(said) == 3:
+            os.kill(persister.pid, signal.SIGCONT)
+
+    snapshots.finish(20, alive=alive)
+    return 0
+
+
 def saves_until_it_is_killed(url: str, first: int, after: float) -> int:
     """Save step after step, and be gone ``after`` seconds after the first has been given."""
     snapshots, _, _ = open_snapshots(url)

@@ -70,6 +70,18 @@ def test_a_folder_that_a_run_writes_to_is_left_alone(local: Storage) -> None:
     assert holder(local) is None
 
 
+def test_the_best_stays_beside_the_newest(local: Storage) -> None:
+    for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6)):
+        save(local, step, whole(make_state(), 1), evaluated={"val/accuracy": accuracy})
+    manifest = Path(str(local), "step-00000004", "manifest.json")
+    written = json.loads(manifest.read_text())
+    written["job"] = {"checkpoint": {"keep_best": "val/accuracy", "keep_best_goal": "max"}}
+    manifest.write_text(json.dumps(written))
+    done = gc(local, "--keep", "1", "--yes")
+    assert "step-00000002 is the best" in done.out
+    assert steps(local) == [4, 2]
+
+
 def test_what_a_killed_writer_left_is_as_old_as_its_partial_file(local: Storage) -> None:
     save(local, 1, whole(make_state(), 1))
     half = Path(str(local), "step-00000002")

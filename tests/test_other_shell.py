@@ -116,7 +116,7 @@ with StopRequests() as stop:
     time.sleep(1)  # it gets no core
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     while stop.count < 2:
-        run.write("status.json", json.dumps({"at": 0.0, "stop_requests": stop.count}), sync=False)
+        run.write("status.json", json.dumps({"at": time.time(), "stop_requests": stop.count}), sync=False)
         time.sleep(0.05)
 run.update(state="stopped")
 """
@@ -131,6 +131,15 @@ def test_a_driver_that_hears_late_counts_both_requests(tmp_path: Path) -> None:
             assert stop_run(tmp_path / "mine/0001", now=True, say=print).state == "stopped"
         finally:
             process.kill()
+
+
+def test_what_an_earlier_launch_wrote_is_not_said_of_the_present_one(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "mine", {})
+    assert run.record.driver is not None
+    for apart, counted in ((-1.0, 0), (1.0, 1)):
+        run.write("status.json", json.dumps({"at": run.record.driver.since + apart, "stop_requests": 1}))
+        assert look(run.path).stop_requests == counted
+    run.close()
 
 
 def test_a_record_without_a_driver_is_read(tmp_path: Path) -> None:

@@ -105,6 +105,12 @@ def test_a_persister_that_is_killed_while_it_uploads_to_s3(
     assert check(Storage(url)) == 20
 
 
+def test_a_rank_that_waits_for_its_last_checkpoint_says_that_it_is_alive(local: Storage, tmp_path: Path) -> None:
+    ended = run_ranks(savers.waits_for_a_persister_that_stands_still, 1, tmp_path, str(local))
+    assert ended == [0], (tmp_path / "rank0.log").read_text()
+    assert check(local) == 1
+
+
 @pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_what_a_killed_rank_has_given_is_finished_by_its_persister(local: Storage, tmp_path: Path, kills: int) -> None:
     moments = random.Random(2)
