@@ -25,7 +25,7 @@ from ..checkpoint.verify import verify
 from ..checkpoint.weights import select
 from ..core.document import parse_value
 from ..core.errors import JobError, Problem
-from ..core.job import parse_duration
+from ..core.spec import parse_duration
 from ..launcher.rundir import RunDir
 from .render import columns, data_size, parse_size
 

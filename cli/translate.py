@@ -161,7 +161,7 @@ def _folder(text: str) -> Path:
 
 
 def _duration(text: str) -> float:
-    from ..core.job import parse_duration
+    from ..core.spec import parse_duration
 
     return parse_duration(float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else text)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from .errors import JobError, Problem
-from .job import Job, Optimizer
+from .job import Job
 from .parallel import microbatches_per_step
 from .suggest import similar_files
+from .train import Optimizer
 
 _VERSION = "0.19"  # whose insides strategies/deepspeed_state.py knows
 _FILE = "parallel.deepspeed"

@@ -16,8 +16,9 @@ from pydantic import Field, ValidationError
 
 from ..core.contracts import Source
 from ..core.errors import JobError, Problem
-from ..core.job import DataSpec, Spec, Split
+from ..core.job import DataSpec, Split
 from ..core.schema import explain
+from ..core.spec import Spec
 from .stdlib_text import StdlibOptions, stdlib_text
 
 Arrays = Mapping[str, np.ndarray]

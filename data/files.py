@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from ..core.errors import JobError, Problem
 from ..core.formats import KNOWN, Format, format_of, is_url, missing_package, no_such_file
-from ..core.job import Spec
 from ..core.schema import explain
+from ..core.spec import Spec
 from ..core.storage import Storage
 
 SOURCE = "data.source"

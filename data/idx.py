@@ -9,7 +9,8 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from ..core.job import DataSpec, Spec
+from ..core.job import DataSpec
+from ..core.spec import Spec
 from .arrays import ArraySource
 from .files import OPTIONS, Files, locate, read_options, wrong
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..core.errors import did_you_mean
 from ..core.formats import is_url
-from ..core.job import DataSpec, Spec
+from ..core.job import DataSpec
+from ..core.spec import Spec
 from ..core.storage import Storage
 from .files import OPTIONS, Files, read_options, wrong
 

@@ -12,7 +12,8 @@ from pydantic import Field
 
 from ..core.errors import JobError, Problem, did_you_mean
 from ..core.formats import Format
-from ..core.job import DataSpec, Spec
+from ..core.job import DataSpec
+from ..core.spec import Spec
 from .arrays import ArraySource
 from .files import OPTIONS, Files, read_options, wrong
 from .order import hash64

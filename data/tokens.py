@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..core.formats import Format
-from ..core.job import DataSpec, Spec, Split
+from ..core.job import DataSpec, Split
+from ..core.spec import Spec
 from .corpus import FORMAT, Collector, Corpus
 from .files import OPTIONS, Files, read_options, wrong
 from .split import PARTS, part_of

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from dltrain.cli.config import yaml_value
-from dltrain.core.job import Duration, Job
+from dltrain.core.job import Job
 from dltrain.core.schema import expected, section_of
+from dltrain.core.spec import Duration
 from dltrain.data.builtin import BUILT_IN
 from dltrain.models.registry import RECIPES
 from pydantic import BaseModel, PlainValidator

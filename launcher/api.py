@@ -16,7 +16,8 @@ from ..core.checks import check_job
 from ..core.config import load_job
 from ..core.errors import JobError, Problem, RunFailed
 from ..core.formats import is_url
-from ..core.job import Job, RecoverySpec, Resources, TrackingSpec
+from ..core.job import Job, Resources, TrackingSpec
+from ..core.recovery import RecoverySpec
 from ..tracking.wandb_mode import api_key_present, resolve_mode
 from .carry import RunResult, Work, carry_out
 from .cluster import ClusterError

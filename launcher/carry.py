@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import Interrupted, JobError, RunFailed
-from ..core.job import RecoverySpec, TrackingSpec
+from ..core.job import TrackingSpec
 from ..core.processes import Driver
+from ..core.recovery import RecoverySpec
 from ..tracking.outcome import Outcome
 from ..tracking.report import write_report
 from .controller import Controller, Ending

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoint.persister import AFTERLIFE
 from ..core.errors import DltrainError, Problem
-from ..core.job import RecoverySpec
+from ..core.recovery import RecoverySpec
 from ..core.rows import RowReducer
 from ..tracking.samples import keep
 from . import untyped

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import JobError, Problem
-from ..core.job import RecoverySpec, Resources
+from ..core.job import Resources
+from ..core.recovery import RecoverySpec
 from .cluster import Cluster, ClusterError, session_folder
 from .demand import Demand, demand_on
 from .host import ForkServer, server_name

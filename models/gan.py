@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.contracts import Batch, Layout
-from ..core.job import Spec
+from ..core.spec import Spec
 
 _SHOWN = 64
 

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..core.contracts import Batch, Layout
-from ..core.job import Spec
+from ..core.spec import Spec
 from .inputs import refuse_idle_keys
 from .losses import RegressionLoss, binary_cross_entropy, cross_entropy, regression
 

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..core.contracts import Batch, Layout
-from ..core.job import Spec
+from ..core.spec import Spec
 from .inputs import as_sequence, refuse_idle_keys
 from .losses import RegressionLoss, cross_entropy, regression
 from .text import token_metrics

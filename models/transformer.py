@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..core.contracts import Batch, Layout, SequenceRule, TensorRule
-from ..core.job import Spec
+from ..core.spec import Spec
 from .attention import Attention, Block, SwiGLU
 from .inputs import as_sequence, refuse_idle_keys
 from .losses import cross_entropy

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.job import Optimizer
+from ..core.train import Optimizer
 
 
 def build_optimizers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..core.job import Schedule
+from ..core.train import Schedule
 
 _RISE, _FROM, _TO = 0.3, 1 / 25, 1 / 250_000  # of torch's OneCycleLR: pct_start, 1 / div_factor, and the end
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from dltrain.core.job import Job, Optimizer, Schedule
+from dltrain.core.job import Job
+from dltrain.core.train import Optimizer, Schedule
 from dltrain.models.gan import GanRecipe
 from dltrain.strategies.build import check_parts
 from dltrain.strategies.optimizers import build_optimizers

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..core.errors import JobError, Problem
-from ..core.job import CheckpointSpec, TrainSpec
+from ..core.job import CheckpointSpec
+from ..core.train import TrainSpec
 
 
 class Watch:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from ..core.job import CheckpointSpec, parse_duration
+from ..core.job import CheckpointSpec
+from ..core.spec import parse_duration
 
 
 class Due:
