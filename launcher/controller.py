@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-from base64 import b64decode
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -14,18 +13,16 @@ from typing import Any
 from ..checkpoint.persister import AFTERLIFE
 from ..core.errors import DltrainError, Problem
 from ..core.recovery import RecoverySpec
-from ..core.rows import RowReducer
-from ..tracking.samples import keep
 from . import untyped
 from .cluster import Cluster, loss_of
-from .failure import Casualty, Report, blamed, casualty_of
+from .failure import Report, blamed
 from .generation import Generation, Program, plan_generation
 from .goodput import Goodput
+from .intake import Intake
 from .interrupt import StopRequests
-from .messages import AgentReport, RankEvent
+from .messages import AgentReport
 from .metrics import Metrics
 from .policy import Decision, History, RankFailure, Status, decide
-from .reports import FailureReports
 from .rundir import RunDir
 from .stacks import Look
 from .stall import StallWatch, stalled, tell_stall
@@ -78,10 +75,9 @@ class Controller:
         self._master_addr, self._master_port = master_addr, master_port
         self._polls: dict[Any, int] = {}
         self._heard: dict[int, float] = {}
-        self._last_words: dict[str, Any] = {}
-        self._reports = FailureReports(run, view)
-        self._settling: int | None = None
-        self._troubled = -1
+        self._intake = Intake(
+            run, metrics=metrics, goodput=goodput, view=view, logs=logs, speaks=program.kind == "worker"
+        )
 
     def run(self) -> Ending:
         """Start generations until the policy says that it is over."""
@@ -99,12 +95,16 @@ class Controller:
             self._run.update(step=self._metrics.last_step)
             if decision.action != "restart":
                 return Ending(
-                    decision, self._last_words, self._reports.newest, len(culprits), tuple(generation.refused)
+                    decision,
+                    self._intake.last_words,
+                    self._intake.reports.newest,
+                    len(culprits),
+                    tuple(generation.refused),
                 )
             culprits.append(decision.culprit)
             self._goodput.restart()
             again = f"starting all ranks again ({len(culprits)} of {history.max_restarts})"
-            self._view.note(f"{decision.reason}; {again}; report: {self._reports.newest}")
+            self._view.note(f"{decision.reason}; {again}; report: {self._intake.reports.newest}")
 
     # ---- starting
 
@@ -131,8 +131,8 @@ class Controller:
         )
         starts = [agent.start.remote(number, plan) for agent, plan in zip(cluster.agents, plans, strict=True)]
         cluster.gather(starts, waiting_for="forking ranks")
-        self._reducer = RowReducer(len(nodes) * self._nproc)
-        self._watched = StallWatch(self._recovery.stall if self._program.kind == "worker" else "never")
+        watched = StallWatch(self._recovery.stall if self._program.kind == "worker" else "never")
+        self._intake.begin(len(nodes) * self._nproc, watched)
         self._heard = dict.fromkeys(range(len(nodes)), time.monotonic())
         return Generation(number, len(nodes) * self._nproc, self._nproc)
 
@@ -165,9 +165,9 @@ class Controller:
 
     def _settle(self) -> None:
         """Tell rank 0's persister once the metrics that it wants to save a checkpoint over are on the disk."""
-        if self._settling is not None and self._metrics.settled(self._settling):
-            self._cluster.agents[0].tell_persister.remote(0, {"t": "settled", "step": self._settling})
-            self._settling = None
+        if self._intake.settling is not None and self._metrics.settled(self._intake.settling):
+            self._cluster.agents[0].tell_persister.remote(0, {"t": "settled", "step": self._intake.settling})
+            self._intake.settling = None
 
     def _status(self, generation: Generation) -> Status:
         return Status(
@@ -176,19 +176,19 @@ class Controller:
             failures=tuple(casualty.failure for casualty in generation.casualties.values()),
             lost_nodes={node: what.splitlines()[0].rstrip(":") for node, what in generation.lost.items()},
             broken=self._cluster.broken(),
-            complete=self._last_words.get("status") == "finished",
+            complete=self._intake.last_words.get("status") == "finished",
             stop_asked=self._stop.count > 0,
             stall=generation.standstill.stall if generation.standstill else None,
         )
 
     def _look_for_stall(self, generation: Generation) -> None:
         """Where no rank gets any further, find out who is to blame before anything is ended."""
-        held_up = stalled(self._watched.places())
+        held_up = stalled(self._intake.watched.places())
         if not held_up or generation.standstill is not None or generation.casualties or generation.lost:
             return
         found: dict[int, dict[int, Look]] = self._ask(generation, "look", _LOOK, waiting_for="looking at its ranks")
         self._hear(generation)
-        places = self._watched.places()
+        places = self._intake.watched.places()
         if stalled(places) and not generation.casualties:  # it has not gone on, or failed, meanwhile
             looks = {rank: look for looks in found.values() for rank, look in looks.items()}
             generation.standstill = tell_stall(places, looks, time.time())
@@ -230,91 +230,13 @@ class Controller:
                 continue
             self._heard[node] = time.monotonic()
             self._view.beats(node, report.beats)
-            self._watched.take(node, report.beats, time.monotonic())
+            self._intake.watched.take(node, report.beats, time.monotonic())
             for event in report.events:
                 if event.generation == generation.number:
-                    self._take(generation, node, event)
+                    self._intake.take(generation, self._cluster.nodes[node], event)
         for node, at in self._heard.items():
             if time.monotonic() - at > _SILENCE:
                 generation.lost.setdefault(node, f"its agent has not answered for {_SILENCE:g} s")
-
-    def _take(self, generation: Generation, node: int, event: RankEvent) -> None:
-        match event.kind:
-            case "started":
-                generation.started.add(event.rank)
-            case "message":
-                self._take_message(generation, event.rank, event.data)
-            case "log":
-                self._take_output(node, generation, event)
-            case "exit":
-                self._take_exit(generation, node, event)
-            case "closed":
-                generation.closed.add(event.rank)
-
-    def _take_message(self, generation: Generation, rank: int, message: dict[str, Any]) -> None:
-        match message["t"]:
-            case "rows":
-                for row in self._reducer.add(rank, message["rows"]):
-                    self._goodput.take(row, again=row.step <= self._metrics.last_step)
-                    self._metrics.row(row)
-                    self._view.row(row)
-                    self._watched.row(row)
-                    self._reports.row(row)
-            case "log":
-                self._metrics.log(message["step"], message["metrics"])
-            case "setup":
-                self._view.setup(message)
-                self._reports.started(message["start"])
-            case "note":
-                self._view.note(message["text"])
-            case "settle":
-                self._settling = message["step"]
-            case "image":
-                keep(self._run.path, step=message["step"], name=message["name"], png=b64decode(message["png"]))
-            case "saved":
-                self._last_words["saved"] = message["step"]
-                self._view.saved(message["step"])
-                self._reports.saved(message["step"])
-            case "trouble":
-                self._take_trouble(message)
-            case "end":
-                self._last_words.update(message)
-            case "done":
-                generation.done.add(rank)
-            case "refused":
-                generation.refused += [Problem(**problem) for problem in message["problems"]]
-            case "failed":
-                generation.said[rank] = message
-            case other:
-                raise ValueError(f"rank {rank} sent a message of kind {other!r}")
-
-    def _take_output(self, node: int, generation: Generation, event: RankEvent) -> None:
-        if event.rank not in generation.said:  # after a rank's last words its traceback is in the report
-            self._view.output(event.rank, event.stream, event.text)
-        if not self._cluster.nodes[node].shares_run_dir:
-            path = self._log_dir(generation, event.rank) / f"{event.stream}.log"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab") as file:
-                file.write(event.text)
-
-    def _take_exit(self, generation: Generation, node: int, event: RankEvent) -> None:
-        assert event.exit is not None
-        speaks = self._program.kind == "worker"
-        if event.exit.ok and (event.rank in generation.done or not speaks):
-            generation.ended.add(event.rank)
-        elif not generation.ending:
-            said = generation.said.get(event.rank)
-            log_dir = self._log_dir(generation, event.rank)
-            casualty = casualty_of(event.rank, node, event.exit, said, event.data, log_dir, speaks=speaks)
-            if generation.refused:
-                refusal = RankFailure(
-                    event.rank, node, event.exit.at, "JobError", str(generation.refused[0]), final=True
-                )
-                casualty = Casualty(refusal, "", log_dir)
-            generation.casualties[event.rank] = casualty
-
-    def _log_dir(self, generation: Generation, rank: int) -> Path:
-        return self._logs / f"attempt-{generation.number}" / f"rank-{rank}"
 
     # ---- ending
 
@@ -357,21 +279,10 @@ class Controller:
         while generation.present() and time.monotonic() < deadline and self._stop.count < 3:
             self._hear(generation)
 
-    def _take_trouble(self, message: dict[str, Any]) -> None:
-        """Say once that a checkpoint cannot be written, and that it can be again; ranks suffer alike."""
-        step, why = message["step"], message["why"]
-        if why and self._troubled < 0:
-            self._troubled = step
-            text = f"the checkpoint of step {step} cannot be written yet (rank {message['rank']}: {why})"
-            self._view.note(f"{text}; it is kept in memory and tried again, and training goes on")
-        elif not why and self._troubled >= 0:
-            self._troubled = -1
-            self._view.note("checkpoints can be written again")
-
     def _write_report(self, generation: Generation, decision: Decision) -> None:
         action = "all ranks were started again" if decision.action == "restart" else "the run was ended"
         standstill = generation.standstill
-        logs = partial(self._log_dir, generation)
+        logs = partial(self._intake.log_dir, generation)
         casualties = list(generation.casualties.values()) or blamed(standstill, logs)
         steps = [place.step for place in standstill.places] if standstill else [c.failure.step for c in casualties]
         report = Report(
@@ -384,4 +295,4 @@ class Controller:
             standstill,
             reached=max(0, self._metrics.last_step, *steps),
         )
-        self._reports.write(report, evidence=self._program.kind != "script")  # a script's output has been shown
+        self._intake.reports.write(report, evidence=self._program.kind != "script")  # a script's output has been shown

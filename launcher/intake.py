@@ -1,0 +1,141 @@
+"""What the controller makes of the news of a generation's ranks: rows, words, output, exits."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import Problem
+from ..core.rows import RowReducer
+from ..tracking.samples import keep
+from .failure import Casualty, casualty_of
+from .generation import Generation
+from .goodput import Goodput
+from .messages import NodeInfo, RankEvent
+from .metrics import Metrics
+from .policy import RankFailure
+from .reports import FailureReports
+from .rundir import RunDir
+from .stall import StallWatch
+from .view import View
+
+
+class Intake:
+    """Takes in the events of one generation after the other, and hands each to whom it concerns.
+
+    Args:
+        speaks: ranks say when they are done and why they fail; a script's do not.
+
+    Attributes:
+        watched: how the ranks of the generation get on.
+        last_words: what rank 0 said at the end, and the step of the newest checkpoint that is complete.
+        settling: the step up to which rank 0's persister wants metrics to be on the disk; None when it waits for none.
+    """
+
+    def __init__(
+        self, run: RunDir, *, metrics: Metrics, goodput: Goodput, view: View, logs: Path, speaks: bool
+    ) -> None:
+        self._run, self._logs, self._speaks = run, logs, speaks
+        self._metrics, self._goodput, self._view = metrics, goodput, view
+        self.reports = FailureReports(run, view)
+        self.last_words: dict[str, Any] = {}
+        self.settling: int | None = None
+        self.watched = StallWatch("never")
+        self._reducer = RowReducer(0)
+        self._troubled = -1
+
+    def begin(self, world: int, watched: StallWatch) -> None:
+        """A generation of ``world`` ranks is about to speak."""
+        self._reducer = RowReducer(world)
+        self.watched = watched
+
+    def take(self, generation: Generation, node: NodeInfo, event: RankEvent) -> None:
+        """One thing that happened on ``node`` to a rank of ``generation``."""
+        match event.kind:
+            case "started":
+                generation.started.add(event.rank)
+            case "message":
+                self._take_message(generation, event.rank, event.data)
+            case "log":
+                self._take_output(generation, node, event)
+            case "exit":
+                self._take_exit(generation, node, event)
+            case "closed":
+                generation.closed.add(event.rank)
+
+    def _take_message(self, generation: Generation, rank: int, message: dict[str, Any]) -> None:
+        match message["t"]:
+            case "rows":
+                for row in self._reducer.add(rank, message["rows"]):
+                    self._goodput.take(row, again=row.step <= self._metrics.last_step)
+                    self._metrics.row(row)
+                    self._view.row(row)
+                    self.watched.row(row)
+                    self.reports.row(row)
+            case "log":
+                self._metrics.log(message["step"], message["metrics"])
+            case "setup":
+                self._view.setup(message)
+                self.reports.started(message["start"])
+            case "note":
+                self._view.note(message["text"])
+            case "settle":
+                self.settling = message["step"]
+            case "image":
+                keep(self._run.path, step=message["step"], name=message["name"], png=b64decode(message["png"]))
+            case "saved":
+                self.last_words["saved"] = message["step"]
+                self._view.saved(message["step"])
+                self.reports.saved(message["step"])
+            case "trouble":
+                self._take_trouble(message)
+            case "end":
+                self.last_words.update(message)
+            case "done":
+                generation.done.add(rank)
+            case "refused":
+                generation.refused += [Problem(**problem) for problem in message["problems"]]
+            case "failed":
+                generation.said[rank] = message
+            case other:
+                raise ValueError(f"rank {rank} sent a message of kind {other!r}")
+
+    def _take_output(self, generation: Generation, node: NodeInfo, event: RankEvent) -> None:
+        if event.rank not in generation.said:  # after a rank's last words its traceback is in the report
+            self._view.output(event.rank, event.stream, event.text)
+        if not node.shares_run_dir:
+            path = self.log_dir(generation, event.rank) / f"{event.stream}.log"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.write(event.text)
+
+    def _take_exit(self, generation: Generation, node: NodeInfo, event: RankEvent) -> None:
+        assert event.exit is not None
+        if event.exit.ok and (event.rank in generation.done or not self._speaks):
+            generation.ended.add(event.rank)
+        elif not generation.ending:
+            said = generation.said.get(event.rank)
+            log_dir = self.log_dir(generation, event.rank)
+            casualty = casualty_of(event.rank, node.node, event.exit, said, event.data, log_dir, speaks=self._speaks)
+            if generation.refused:
+                refusal = RankFailure(
+                    event.rank, node.node, event.exit.at, "JobError", str(generation.refused[0]), final=True
+                )
+                casualty = Casualty(refusal, "", log_dir)
+            generation.casualties[event.rank] = casualty
+
+    def log_dir(self, generation: Generation, rank: int) -> Path:
+        """Folder of a rank's logs."""
+        return self._logs / f"attempt-{generation.number}" / f"rank-{rank}"
+
+    def _take_trouble(self, message: dict[str, Any]) -> None:
+        """Say once that a checkpoint cannot be written, and that it can be again; ranks suffer alike."""
+        step, why = message["step"], message["why"]
+        if why and self._troubled < 0:
+            self._troubled = step
+            text = f"the checkpoint of step {step} cannot be written yet (rank {message['rank']}: {why})"
+            self._view.note(f"{text}; it is kept in memory and tried again, and training goes on")
+        elif not why and self._troubled >= 0:
+            self._troubled = -1
+            self._view.note("checkpoints can be written again")
