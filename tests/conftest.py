@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # support modules beside the tests
 
@@ -19,6 +21,10 @@ from stage import uninterrupted
 
 if TYPE_CHECKING:
     from s3_server import S3Server
+
+# The same examples in every run of CI; elsewhere new ones, which find more. No example is timed: machines are busy.
+settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("default")
 
 # A shell has what it starts in the background ignore these, and every process inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
