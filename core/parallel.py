@@ -40,7 +40,8 @@ class Parallel(BaseModel):
     """ddp: size of the gradient buckets whose all-reduce overlaps with backward, in MiB. zero1, zero2 and zero3 take it
     where the DeepSpeed configuration says nothing of it."""
     static_graph: bool = False
-    """ddp: promise that every step uses the same parameters in the same order, so that fewer checks are made."""
+    """ddp: promise that every step uses the same parameters in the same order, so that fewer checks are made. With more
+    than two ranks, the first step after every start is rounded in another way than it would have been."""
     compress: Literal["none", "bf16", "powersgd"] = "none"
     """ddp: send gradients as bfloat16, or as matrices of low rank (PowerSGD). Both lose precision: the numbers differ
     from those of one process. A resumed run begins PowerSGD's memory of past errors anew."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core.parallel import Parallel
@@ -25,6 +27,8 @@ class Ddp(Spread):
             gradient_as_bucket_view=True,
             static_graph=parallel.static_graph,
         )
+        if not parallel.static_graph:  # which learns in its first backward which parameters are used, and how often
+            _lay_out_buckets(wrapped)
         match parallel.compress:
             case "bf16":
                 wrapped.register_comm_hook(None, _bf16_hook)
@@ -50,6 +54,40 @@ class Ddp(Spread):
 
     def rest(self) -> None:
         """Weights are whole everywhere."""
+
+
+def _lay_out_buckets(wrapped: DistributedDataParallel) -> None:
+    """Have the wrapper find its buckets now: the last parameter first, as a backward pass mostly comes by them.
+
+    By itself it has one bucket in its first backward pass, and lays out others in the order in which the gradients of
+    that pass arrived. With more than two ranks a bucket's layout decides in which order a gradient's terms are added
+    up: the first step after every start would be rounded in another way than the same step of a run that went on.
+    """
+    module = wrapped.module
+    wrapped.module = _OneAfterAnother(module)
+    wrapped().backward()
+    wrapped.module = module
+    for weight in module.parameters():
+        weight.grad = None
+
+
+class _OneAfterAnother(nn.Module):
+    """Zero, computed from a module's parameters such that backward gives their gradients from the last to the first."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self) -> Tensor:
+        tables = [m for m in self.module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+        sparse = {table.weight for table in tables}  # whose gradients have to be
+
+        def used(weight: nn.Parameter) -> Tensor:
+            row = torch.zeros(1, dtype=torch.long, device=weight.device)
+            return functional.embedding(row, weight, sparse=True) if weight in sparse else weight
+
+        weights = [weight for weight in self.module.parameters() if weight.requires_grad]
+        return functools.reduce(lambda total, weight: total + 0 * used(weight).sum(), weights, torch.zeros(()))
 
 
 def _bf16_hook(state, bucket):  # torch compares annotations with its types, and does not take text for one
