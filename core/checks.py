@@ -168,9 +168,14 @@ def _optimizers(job: Job) -> Iterator[Problem]:
 
 def _overflows(job: Job) -> Iterator[Problem]:
     """What an infinite gradient would spoil for good."""
-    if job.train.precision == "fp16" and job.parallel.compress == "powersgd":
+    if job.parallel.compress != "powersgd":
+        return
+    if job.train.precision == "fp16":
         what = "PowerSGD would remember the infinite gradients of a step that float16 has to skip"
         yield Problem(what, "parallel.compress", "bf16 would do, or train.precision: bf16")
+    elif job.train.nonfinite == "skip":
+        what = "PowerSGD would remember the gradients of a step that is skipped since they are not finite"
+        yield Problem(what, "parallel.compress", "bf16 would do, or train.nonfinite: stop")
 
 
 def _extras(job: Job) -> Iterator[Problem]:

@@ -238,11 +238,18 @@ class StepResult:
             Only the parts that this step trained.
         grad_norm: by part, the global L2 norm before clipping; only where clipping is on and the step was not skipped.
         scaling: by part; only where losses are scaled.
+        nonfinite: by part whose loss or gradients were not finite, so that the step did not change it, on any rank:
+            those of this rank's microbatches whose loss was not finite, with it. Not where losses are scaled.
     """
 
     loss: Mapping[str, Tensor]
     grad_norm: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
     scaling: Mapping[str, Scaling] = field(default_factory=dict[str, "Scaling"])
+    nonfinite: Mapping[str, Mapping[int, float]] = field(default_factory=dict[str, "Mapping[int, float]"])
+
+    def unchanged(self) -> list[str]:
+        """The parts that the step was to train, and did not change."""
+        return [*(name for name, found in self.scaling.items() if found.overflowed), *self.nonfinite]
 
 
 class Engine(ABC):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 _SHOWN = 30
 
@@ -48,6 +49,19 @@ class RunFailed(DltrainError):
     def __init__(self, message: str, *, report: str = "") -> None:
         super().__init__(message)
         self.report = report
+
+
+class NonFiniteLoss(DltrainError):
+    """A loss or gradient is infinite or undefined. Computing it again would give the same.
+
+    Attributes:
+        samples: what it was computed from, JSON-able: of each microbatch the rank, the loss, and the samples.
+        witness: it is another rank's.
+    """
+
+    def __init__(self, what: str, *, samples: list[dict[str, Any]], witness: bool) -> None:
+        super().__init__(what)
+        self.samples, self.witness = samples, witness
 
 
 class Interrupted(DltrainError):

@@ -96,6 +96,10 @@ class TrainSpec(Spec):
     """The learning-rate schedule."""
     clip_norm: float | None = Field(default=None, gt=0)
     """Scale gradients so that their global L2 norm stays below this."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss, or a gradient, is infinite or undefined: 'stop' ends the run before a weight is
+    changed, and the report names the samples; 'skip' changes nothing in that step, and goes on. Not for the overflows
+    of 'fp16', which are always skipped."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """'bf16' computes matrix products and convolutions in bfloat16, 'fp16' in float16 (torch's autocast); weights,
     gradients and the optimizer stay in float32. With 'fp16' the loss is scaled up so that small gradients do not

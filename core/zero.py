@@ -180,8 +180,8 @@ def _contradictions(native: dict[str, Any], job: Job, world: int | None) -> Iter
     pairs += list(_optimizer(native.get("optimizer"), job.train.optimizer))
     if native.get("scheduler"):
         pairs.append(("scheduler.type", _look_up(native, "scheduler.type"), job.train.schedule.name, "train.schedule"))
-    if job.train.precision == "fp16" and _look_up(native, "zero_optimization.compute_grad_norm") is False:
-        what = f"{job.parallel.deepspeed}: zero_optimization.compute_grad_norm finds the steps that float16 has to skip"
+    if _look_up(native, "zero_optimization.compute_grad_norm") is False:
+        what = f"{job.parallel.deepspeed}: zero_optimization.compute_grad_norm finds the steps that are not finite"
         yield Problem(what, _FILE, _HANDS_OFF)
     for key, theirs, ours, where in pairs:
         if theirs != ours:

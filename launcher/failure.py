@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,17 @@ _TAIL_LINES = 20
 
 @dataclass(frozen=True)
 class Casualty:
-    """One rank that failed, with what it left: its failure and the traceback it reported, if it could."""
+    """One rank that failed, with what it left.
+
+    Attributes:
+        traceback: what it reported, if it could.
+        details: what else is known, for programs; JSON-able.
+    """
 
     failure: RankFailure
     traceback: str
     log_dir: Path
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def casualty_of(
@@ -45,8 +51,10 @@ def casualty_of(
         speaks: the program is ours, which tells of every end: without a word from it, it was gone abruptly.
     """
     if said is not None:
-        failure = RankFailure(rank, node, said["at"], said["error"], said["what"], said["step"], said["phase"])
-        return Casualty(failure, said["traceback"], log_dir)
+        where = {"step": said["step"], "phase": said["phase"]}
+        kind = {"final": said["final"], "witness": said["witness"]}
+        failure = RankFailure(rank, node, said["at"], said["error"], said["what"], **where, **kind)
+        return Casualty(failure, said["traceback"], log_dir, said["details"])
     error_file: dict[str, Any] | None = traces["error_file"]
     error, trace = f"exit code {exit_.code}", ""
     if exit_.signal is not None:
@@ -140,7 +148,10 @@ class Report:
 
     def json(self) -> str:
         """The same for programs."""
-        ranks = [{**asdict(c.failure), "traceback": c.traceback, "log_dir": str(c.log_dir)} for c in self.casualties]
+        ranks = [
+            {**asdict(c.failure), "traceback": c.traceback, "log_dir": str(c.log_dir), **c.details}
+            for c in self.casualties
+        ]
         report = {
             "generation": self.generation,
             "reason": self.decision.reason,

@@ -120,7 +120,7 @@ class Intake:
             casualty = casualty_of(event.rank, node.node, event.exit, said, event.data, log_dir, speaks=self._speaks)
             if generation.refused:
                 refusal = RankFailure(
-                    event.rank, node.node, event.exit.at, "JobError", str(generation.refused[0]), final=True
+                    event.rank, node.node, event.exit.at, "JobError", str(generation.refused[0]), refused=True
                 )
                 casualty = Casualty(refusal, "", log_dir)
             generation.casualties[event.rank] = casualty

@@ -19,9 +19,11 @@ class RankFailure:
         what: the exception's text.
         step: optimizer step it was in; -1 before the first.
         phase: what it was doing.
+        witness: it only tells of what went wrong on another rank.
         abrupt: it was gone without a word, by a signal or by leaving early, so others may have failed because of it; or
             it was stopped from outside.
-        final: trying again would end alike: the job itself was refused.
+        final: trying again would end alike.
+        refused: so would any try: the job itself is wrong.
     """
 
     rank: int
@@ -31,13 +33,15 @@ class RankFailure:
     what: str = ""
     step: int = -1
     phase: str = ""
+    witness: bool = False
     abrupt: bool = False
     final: bool = False
+    refused: bool = False
 
     @property
-    def order(self) -> tuple[bool, float]:
+    def order(self) -> tuple[bool, bool, float]:
         """Sorts causes before consequences: the gone before those whose connection to them broke, then by time."""
-        return (not self.abrupt, self.at)
+        return (not self.abrupt, self.witness, self.at)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def decide(status: Status, history: History) -> Decision:
     stall = None if status.failures or status.lost_nodes else status.stall  # what is gone makes the others wait
     suspects = stall.culprits if stall is not None else status.failures
     culprit = min(suspects, key=lambda failure: failure.order, default=None)
-    if culprit is not None and culprit.final:
+    if culprit is not None and culprit.refused:
         # What an earlier generation has trained is a run that fails, and stays.
         return Decision("fail" if history.culprits else "refuse", culprit.what, culprit)
     if status.lost_nodes and not (culprit and culprit.abrupt and culprit.node not in status.lost_nodes):
@@ -115,6 +119,8 @@ def decide(status: Status, history: History) -> Decision:
     if status.stop_asked:
         return Decision("stopped", f"{reason}, while stopping", culprit)
     if len(history.culprits) >= history.max_restarts:
+        return Decision("fail", reason, culprit)
+    if culprit is not None and culprit.final:
         return Decision("fail", reason, culprit)
     if culprit is not None and any(_same_bug(culprit, earlier) for earlier in history.culprits):
         return Decision("fail", f"{reason}; the same as before, so another try would end alike", culprit)

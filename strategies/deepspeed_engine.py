@@ -19,8 +19,9 @@ from ..core.zero import settings
 from .dealing import Dealer
 from .deepspeed_state import ZeroState
 from .ema import Ema
+from .finite import beginning, not_finite
 from .optimizers import build_optimizers
-from .passes import Passes, others_frozen
+from .passes import Passes, others_frozen, sum_up
 from .scaling import LossScale
 
 
@@ -96,6 +97,7 @@ class ZeroEngine(Engine):
         losses: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
         scaling: dict[str, Scaling] = {}
+        nonfinite: dict[str, dict[int, float]] = {}
         for name, part in self._parts.items():
             if step % part.every:
                 continue
@@ -103,33 +105,36 @@ class ZeroEngine(Engine):
             if part.scale is not None:
                 part.state.scale_losses(part.scale.factor)
             with others_frozen(self._modules(), name):
-                losses[name] = self._accumulate(name, microbatches)
+                shares = self._accumulate(name, microbatches)
+            losses[name] = sum_up(shares)
             self._passes.mark("optimizer")
-            part.engine.step()
+            part.engine.step()  # which changes nothing where the norm of all ranks' gradients is not finite
             if part.scale is not None:
                 scaling[name] = part.scale.settle(part.state.overflowed)
-            if self._clips and not (part.scale is not None and scaling[name].overflowed):
+            elif part.state.overflowed:
+                nonfinite[name] = not_finite(shares)
+            if self._clips and not part.state.overflowed:
                 norms[name] = torch.as_tensor(part.engine.get_global_grad_norm(), dtype=torch.float32)
+        result = StepResult(losses, norms, scaling, nonfinite)
         if self._ema is not None:
-            self._ema.update(step, skipped=[name for name, found in scaling.items() if found.overflowed])
-        return StepResult(losses, norms, scaling)
+            self._ema.update(step, skipped=result.unchanged())
+        return result
 
-    def _accumulate(self, name: str, microbatches: Sequence[Batch]) -> Tensor:
-        """Forward and backward over all microbatches; this rank's share of the step's mean loss."""
+    def _accumulate(self, name: str, microbatches: Sequence[Batch]) -> dict[int, Tensor]:
+        """Forward and backward over all microbatches; of each, by its index, its share of the step's mean loss."""
         engine = self._parts[name].engine
         # A helper is called without its engine, which would prepare for a backward pass that never comes.
         modules = self._modules() | {name: engine}
 
         def backward(loss: Tensor, scale: float) -> None:
-            engine.backward(loss.float() * scale, scale_wrt_gas=False)
+            loss = loss.float()
+            engine.backward(loss * beginning(loss, scale), scale_wrt_gas=False)
 
-        total: Tensor | None = None
+        shares: dict[int, Tensor] = {}
         for batch in microbatches:
             engine.set_gradient_accumulation_boundary(batch is microbatches[-1])
-            share = self._passes.run(name, self.parts.index(name), modules, batch, backward)
-            total = share if total is None else total + share
-        assert total is not None, "a rank without microbatches"
-        return total
+            shares[batch.index] = self._passes.run(name, self.parts.index(name), modules, batch, backward)
+        return shares
 
     def _modules(self) -> dict[str, nn.Module]:
         return {name: part.module for name, part in self._parts.items()}

@@ -67,6 +67,14 @@ class Passes:
             return self.recipe.samples(modules)
 
 
+def sum_up(shares: Mapping[int, Tensor]) -> Tensor:
+    """The sum of a rank's microbatches' shares, in their order."""
+    first, *others = shares.values()
+    for share in others:
+        first = first + share
+    return first
+
+
 @contextlib.contextmanager
 def others_frozen(modules: Mapping[str, nn.Module], name: str) -> Generator[None]:
     """No gradient is computed for the weights of the parts that only help to train ``name``."""

@@ -18,6 +18,7 @@ from torch.distributed.pipelining.stage import _PipelineStageBase  # pyright: ig
 
 from ..core.contracts import Batch
 from ..core.parallel import Parallel
+from .finite import beginning
 from .passes import Passes
 from .relay import Form, Note, Notes, as_called
 from .spread import Spread
@@ -51,12 +52,15 @@ class Piped(_PipelineStageBase):
     Args:
         part: the name of the part that it is a stage of.
         spread: the stage's module, under its data-parallel strategy.
+
+    Attributes:
+        losses: of the last stage: by microbatch, this rank's share of the step's mean loss.
     """
 
     def __init__(self, passes: Passes, part: str, spread: Spread, spot: Spot) -> None:
         super().__init__(nn.Module(), spot.index, spot.stages, spot.device, spot.group)  # schedules look into no module
         self.spread = spread
-        self.loss: Tensor | None = None
+        self.losses: dict[int, Tensor] = {}
         self._passes, self._part = passes, part
         self._batches: Sequence[Batch] = ()
         self._factor = 1.0
@@ -74,7 +78,7 @@ class Piped(_PipelineStageBase):
 
     def begin(self, microbatches: Sequence[Batch], factor: float) -> None:
         """Before the schedule goes through ``microbatches``, whose losses are multiplied by ``factor``."""
-        self._batches, self._factor, self._done, self.loss = microbatches, factor, 0, None
+        self._batches, self._factor, self._done, self.losses = microbatches, factor, 0, {}
 
     def end(self) -> None:
         """When the schedule has gone through them: wait for what was sent."""
@@ -153,9 +157,8 @@ class Piped(_PipelineStageBase):
         with self.spread.reducing(self._done == len(self._batches)):
             if self.is_last:
                 output = output.float()  # a float16 may not hold the factor
-                output.backward(torch.full_like(output, batch.weight * passes.ranks * self._factor))
-                share = output.detach() * (batch.weight if passes.counts else 0.0)
-                self.loss = share if self.loss is None else self.loss + share
+                output.backward(beginning(output, batch.weight * passes.ranks * self._factor))
+                self.losses[batch.index] = output.detach() * (batch.weight if passes.counts else 0.0)
             elif grad is not None:
                 output.backward(grad)
         if value is not None and value.requires_grad:

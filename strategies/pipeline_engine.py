@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..core.contracts import Batch, Engine, Fill, Scaling, Shard, ShardedState, StepResult
 from .ema import Ema
-from .passes import Passes
+from .finite import all_finite, not_finite
+from .passes import Passes, sum_up
 from .pipeline import Piped, Schedule
 from .relay import generator_states, set_generators
 from .scaling import LossScale
@@ -92,6 +93,7 @@ class PipelineEngine(Engine):
         losses: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
         scaling: dict[str, Scaling] = {}
+        nonfinite: dict[str, dict[int, float]] = {}
         if step % held.every == 0:
             for weight in held.weights.values():
                 weight.clear()
@@ -104,20 +106,27 @@ class PipelineEngine(Engine):
                 pieces = [weight.piece for weight in held.weights.values()]
                 scaling[held.name] = self._scale.unscale(pieces, world=dist.get_world_size(), device=self._zero.device)
             if not any(found.overflowed for found in scaling.values()):
-                norms = self._update()
+                if self._clip(norms):
+                    for optimizer in held.optimizers:
+                        optimizer.step()
+                else:
+                    nonfinite[held.name] = not_finite(self._stages[-1].losses)
+        result = StepResult(losses, norms, scaling, nonfinite)
         if self._ema is not None:
-            self._ema.update(step, skipped=[name for name, found in scaling.items() if found.overflowed])
-        return StepResult(losses, norms, scaling)
+            self._ema.update(step, skipped=result.unchanged())
+        return result
 
-    def _update(self) -> dict[str, Tensor]:
-        """Clip, and have the optimizers make their step; the norm before, where there is clipping."""
-        norms: dict[str, Tensor] = {}
-        if self._clip_norm is not None:
-            among = Among(self._peers.pipeline, self._counted, self._zero)
-            norms[self._held.name] = clip_grad_norm(self._held.weights.values(), self._clip_norm, among=among)
-        for optimizer in self._held.optimizers:
-            optimizer.step()
-        return norms
+    def _clip(self, norms: dict[str, Tensor]) -> bool:
+        """Clip the gradients where that is asked for, and note their norm; whether they are finite, on all ranks."""
+        weights = list(self._held.weights.values())
+        if self._clip_norm is None:
+            scaled = self._scale is not None  # then that is known
+            return scaled or all_finite(weights, apart=True, device=self._zero.device)
+        among = Among(self._peers.pipeline, self._counted, self._zero)
+        norm = clip_grad_norm(weights, self._clip_norm, among=among)
+        if finite := bool(norm.isfinite()):
+            norms[self._held.name] = norm
+        return finite
 
     def _through(self, microbatches: Sequence[Batch]) -> Tensor:
         """Forward and backward of all microbatches; this rank's share of the step's mean loss: the last stage's."""
@@ -127,8 +136,8 @@ class PipelineEngine(Engine):
         self._schedule.step(target=torch.arange(len(microbatches)), return_outputs=False)
         for stage in self._stages:
             stage.end()
-        loss = self._stages[-1].loss
-        return self._zero if loss is None else loss
+        losses = self._stages[-1].losses
+        return sum_up(losses) if losses else self._zero
 
     def _add_up_shared(self) -> None:
         """Give each weight that several stages hold the sum of their gradients, added up in their order."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..core.contracts import Scaling, Shard
+from .finite import check
 
 _FIRST, _GROWTH, _BACKOFF, _INTERVAL = 2.0**16, 2.0, 0.5, 2000  # of torch.amp.GradScaler
 _LARGEST = 2.0**100  # so that it stays finite
@@ -42,11 +43,7 @@ class LossScale:
         """
         factor = self.factor
         grads = [weight.grad for weight in weights if weight.grad is not None]
-        found = torch.zeros((), device=device)
-        if grads:
-            inverse = torch.full((), 1 / factor, device=device)
-            check = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]  # GradScaler's
-            check(grads, found, inverse)
+        found = check(grads, inverse=1 / factor, device=device)
         if world > 1:
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return self.settle(bool(found))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..core.contracts import Batch, Engine, Fill, Scaling, Shard, ShardedState, StepResult
 from .ema import Ema
-from .passes import Passes, others_frozen
+from .finite import all_finite, beginning, not_finite
+from .passes import Passes, others_frozen, sum_up
 from .scaling import LossScale
 from .shards import Weight, clip_grad_norm, shard_of
 from .spread import Spread
@@ -63,6 +64,7 @@ class TorchEngine(Engine):
         self._clip_norm = clip_norm
         self._ema = ema
         self._scales = {name: LossScale(name) for name in parts} if scaled else {}
+        self._apart = {name: any(weight.groups() for weight in part.weights) for name, part in parts.items()}
 
     def step(self, microbatches: Sequence[Batch], rate: float) -> StepResult:
         step = microbatches[0].step
@@ -71,13 +73,15 @@ class TorchEngine(Engine):
         losses: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
         scaling: dict[str, Scaling] = {}
+        nonfinite: dict[str, dict[int, float]] = {}
         for name, part in self._parts.items():
             if step % part.every:
                 continue
             for weight in part.weights:
                 weight.clear()
             with others_frozen(self._modules(), name):
-                losses[name] = self._accumulate(name, microbatches)
+                shares = self._accumulate(name, microbatches)
+            losses[name] = sum_up(shares)
             self._passes.mark("optimizer")
             for weight in part.weights:
                 weight.collect()
@@ -86,33 +90,44 @@ class TorchEngine(Engine):
                 scaling[name] = scale.unscale(pieces, world=self._world, device=pieces[0].device)
                 if scaling[name].overflowed:
                     continue
-            if self._clip_norm is not None:
-                norms[name] = clip_grad_norm(part.weights, self._clip_norm)
+            if not self._clip(name, norms):
+                nonfinite[name] = not_finite(shares)
+                continue
             for optimizer in part.optimizers:
                 optimizer.step()
+        result = StepResult(losses, norms, scaling, nonfinite)
         if self._ema is not None:
-            self._ema.update(step, skipped=[name for name, found in scaling.items() if found.overflowed])
-        return StepResult(losses, norms, scaling)
+            self._ema.update(step, skipped=result.unchanged())
+        return result
 
-    def _accumulate(self, name: str, microbatches: Sequence[Batch]) -> Tensor:
-        """Forward and backward over all microbatches; this rank's share of the step's mean loss."""
+    def _clip(self, name: str, norms: dict[str, Tensor]) -> bool:
+        """Clip the gradients where that is asked for, and note their norm; whether they are finite, on all ranks."""
+        weights = self._parts[name].weights
+        if self._clip_norm is None:
+            scaled = name in self._scales  # then that is known
+            return scaled or all_finite(weights, apart=self._apart[name], device=weights[0].piece.device)
+        norm = clip_grad_norm(weights, self._clip_norm)
+        if finite := bool(norm.isfinite()):
+            norms[name] = norm
+        return finite
+
+    def _accumulate(self, name: str, microbatches: Sequence[Batch]) -> dict[int, Tensor]:
+        """Forward and backward over all microbatches; of each, by its index, its share of the step's mean loss."""
         spread = self._parts[name].spread
         modules = self._helping() | {name: spread.trained}
         factor = self._scales[name].factor if name in self._scales else 1.0
 
         def backward(loss: Tensor, weight: float) -> None:
             loss = loss.float()  # a float16 may not hold the factor
-            loss.backward(None if weight * factor == 1 else torch.full_like(loss, weight * factor))
+            loss.backward(beginning(loss, weight * factor))
 
-        total: Tensor | None = None
+        shares: dict[int, Tensor] = {}
         for batch in microbatches:
             with spread.reducing(batch is microbatches[-1]):
-                share = self._passes.run(name, self.parts.index(name), modules, batch, backward)
+                shares[batch.index] = self._passes.run(name, self.parts.index(name), modules, batch, backward)
             for part in self._parts.values():
                 part.spread.rest()
-            total = share if total is None else total + share
-        assert total is not None, "a rank without microbatches"
-        return total
+        return shares
 
     def _modules(self) -> dict[str, nn.Module]:
         return {name: part.spread.module for name, part in self._parts.items()}

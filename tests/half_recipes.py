@@ -24,12 +24,12 @@ class Scaled(CnnRecipe):
 
     def loss(self, part: str, parts: Mapping[str, nn.Module], batch: dltrain.Batch) -> Tensor:
         if self.paced and batch.step > 0:
-            _await_checkpoint(batch.step)
+            await_checkpoint(batch.step)
         loss = super().loss(part, parts, batch) * self.times
         return loss * 1e6 if (batch.step, batch.index) == (self.at, 1) else loss
 
 
-def _await_checkpoint(step: int) -> None:
+def await_checkpoint(step: int) -> None:
     deadline = time.monotonic() + 30
     while not list(Path.cwd().glob(f"runs/*/torchrun/checkpoints/step-{step:08d}/manifest.json")):
         assert time.monotonic() < deadline, f"no checkpoint of step {step}"

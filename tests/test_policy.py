@@ -9,7 +9,7 @@ from dltrain.launcher.policy import Decision, History, RankFailure, Stall, Statu
 
 RAISED = RankFailure(rank=1, node=0, at=10.0, error="ValueError", what="no", step=7, phase="forward")
 KILLED = RankFailure(rank=2, node=1, at=11.0, error="SIGKILL", abrupt=True)
-REFUSED = RankFailure(rank=0, node=0, at=9.0, error="JobError", what="train longer", final=True)
+REFUSED = RankFailure(rank=0, node=0, at=9.0, error="JobError", what="train longer", refused=True)
 STUCK = RankFailure(rank=3, node=1, at=8.0, error="stall", what="no progress in data", step=7, phase="data")
 STOPPED = replace(STUCK, what="its process is stopped", abrupt=True)
 STALL = Stall(12.0, "data, step 7", (STUCK,))

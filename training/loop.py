@@ -34,6 +34,7 @@ from .course import Course
 from .due import Due
 from .evaluate import evaluate
 from .images import grid, png
+from .nonfinite import Guard
 from .persistence import Persister
 from .recipes import load_recipe
 from .reporter import Reporter
@@ -77,6 +78,7 @@ class Trainer:
             steps=train.steps,
             last_step=train.last_step,
         )
+        self._guard = Guard(job, self._plan, self._source, self._parts["train"], ctx=ctx, reporter=reporter)
         self._normalizer: Normalizer | None = None
         self._course = Course(train, job.checkpoint)
         self._due = Due(job.checkpoint)
@@ -141,6 +143,7 @@ class Trainer:
             what = f"the checkpoint is of step {manifest.step}, the job ends at step {self._plan.total_steps}"
             raise JobError(Problem(what, "train.steps" if self._job.train.steps else "train.epochs", "train longer"))
         self._course.load(cast(dict[str, Any], manifest.extra.get("course", {})))
+        self._guard.load(cast(dict[str, int], manifest.extra.get("skipped", {})))
         return manifest.cursor.step
 
     def _fit_normalizer(self) -> Normalizer:
@@ -205,22 +208,11 @@ class Trainer:
         wait = time.monotonic() - begin
         share = rate(train.schedule, step=step, total_steps=self._plan.total_steps, falls=self._course.falls)
         result = self._engine.step(microbatches, share)
-        self._say_skipped(step + 1, result)
+        self._guard.take(step, result)
         meter.add(step, seconds=time.monotonic() - begin, wait=wait)
         if (step + 1) % train.log_every == 0 or self._evaluates(step + 1):
             row = meter.row(step + 1, result, share * train.optimizer.lr, alone=len(self._engine.parts) == 1)
-            self._reporter.row(row)
-
-    def _say_skipped(self, done: int, result: StepResult) -> None:
-        """Tell of the first step that loss scaling skipped; the metrics count them all."""
-        for part, found in result.scaling.items():
-            if found.overflowed and found.skipped == 1 and self._ctx.rank == 0:
-                text = (
-                    f"step {done} changed no weight of '{part}': gradients overflowed float16 with the loss scaled by "
-                    f"{found.factor:g}. The scale is halved; train/skipped_steps counts such steps, of which a few are "
-                    "normal"
-                )
-                self._reporter.send("note", text=text)
+            self._reporter.row(row | {"skipped_steps": self._guard.skipped(result)})
 
     def _after(self, done: int) -> None:
         """What comes between steps: evaluation and checkpoints at the steps the job names."""
@@ -277,6 +269,8 @@ class Trainer:
         self._pulse.mark("checkpoint")
         self._engine.share_buffers()
         extra: dict[str, Any] = {"course": self._course.state(), EVALUATED: finite(self._evaluated)}
+        if skipped := self._guard.state():
+            extra["skipped"] = skipped
         if self._normalizer is not None:
             extra["normalizer"] = self._normalizer.state()
         position = Position(done, self._plan.samples_before(done), end, extra)
@@ -313,7 +307,6 @@ class _Meter:
             "loss": {part: float(loss) for part, loss in result.loss.items()},
             "norm": {part: float(norm) for part, norm in result.grad_norm.items()},
             "loss_scale": {part: found.factor for part, found in result.scaling.items()},
-            "skipped_steps": {part: found.skipped for part, found in result.scaling.items()},
             "alone": alone,
             "samples": self._samples,
             "steps": self._steps,

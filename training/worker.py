@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from ..checkpoint.lease import release, take, torchrun_owner
 from ..core.config import load_job
-from ..core.errors import JobError
+from ..core.errors import JobError, NonFiniteLoss
 from ..core.job import Job
 from ..core.pulse import Pulse
 from ..core.storage import Storage
@@ -94,6 +94,9 @@ def _fail(error: BaseException, reporter: Reporter, pulse: Pulse) -> int:
         error=type(error).__name__,
         what=str(error),
         traceback=text,
+        final=isinstance(error, NonFiniteLoss),
+        witness=isinstance(error, NonFiniteLoss) and error.witness,
+        details={"samples": error.samples} if isinstance(error, NonFiniteLoss) else {},
         step=beat.step,
         phase=beat.phase,
         at=time.time(),

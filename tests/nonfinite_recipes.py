@@ -1,0 +1,29 @@
+"""Recipes whose loss, or gradients, are not finite in one microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import dltrain
+from dltrain.models.cnn import CnnRecipe
+from half_recipes import await_checkpoint
+from torch import Tensor, nn
+
+
+class Broken(CnnRecipe):
+    """In microbatch 1 of step ``at``: a loss that is not finite, though its gradients are; or gradients, if ``deep``.
+
+    With ``paced`` no step begins before the checkpoint of the one before it is complete.
+    """
+
+    def __init__(self, at: int = -1, deep: bool = False, paced: bool = False, **model: object) -> None:
+        super().__init__(**model)
+        self.at, self.deep, self.paced = at, deep, paced
+
+    def loss(self, part: str, parts: Mapping[str, nn.Module], batch: dltrain.Batch) -> Tensor:
+        if self.paced and batch.step > 0:
+            await_checkpoint(batch.step)
+        loss = super().loss(part, parts, batch)
+        if (batch.step, batch.index) != (self.at, 1):
+            return loss
+        return loss + (loss - loss.detach()) * float("inf") * 0 if self.deep else loss + float("inf")
