@@ -65,6 +65,7 @@ class LaunchRequest:
         rdzv_id: id of the run, as ``TORCHELASTIC_RUN_ID`` tells the script.
         standalone: always start an embedded cluster.
         quiet: no progress display.
+        preflight: look at the nodes first, and refuse to start on a sick one.
         notes: sentences to print before the launch.
     """
 
@@ -94,6 +95,7 @@ class LaunchRequest:
     rdzv_id: str | None = None
     standalone: bool = False
     quiet: bool = False
+    preflight: bool = False
     notes: tuple[str, ...] = ()
 
     def job_flags(self) -> dict[str, Any]:

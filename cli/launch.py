@@ -72,6 +72,7 @@ def _options(request: LaunchRequest) -> Options:
         keep_warm=request.keep_warm,
         fresh=request.start_method == "spawn",
         quiet=request.quiet,
+        preflight=request.preflight,
         master_addr=request.master_addr,
         master_port=request.master_port or 0,
     )

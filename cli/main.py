@@ -232,3 +232,35 @@ def stop(
     from .runs import ask_to_stop
 
     raise typer.Exit(ask_to_stop(run, Path(run_dir), now=now))
+
+
+@app.command("doctor")
+def doctor(
+    target: Annotated[list[str] | None, typer.Argument(metavar="TARGET", help=_JOB_HELP, show_default=False)] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address", metavar="HOST:PORT|auto", help="A Ray cluster (default: this machine).", show_default=False
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            "--nodes", metavar="N", min=1, help="Nodes to look at (default: all machines).", show_default=False
+        ),
+    ] = None,
+    run_dir: _Runs = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
+) -> None:
+    """Look at every node, and measure what joins them, before a job depends on it.
+
+    Exit code: 0 healthy, 1 a node is sick or could not be had, 2 no such cluster.
+    """
+    from pathlib import Path
+
+    from .doctor import show_health
+
+    raise typer.Exit(
+        show_health(target or [], address=address, nodes=nodes, runs=Path(run_dir), as_json=as_json, quiet=quiet)
+    )

@@ -132,6 +132,9 @@ def launch(
             help="fork: from a server that has torch imported (the default); spawn: a fresh interpreter per rank.",
         ),
     ] = None,
+    preflight: Annotated[
+        bool, _option(_CLUSTER, "--preflight", help="Look at the nodes first (dltrain doctor), and refuse sick ones.")
+    ] = False,
     quiet: Annotated[bool, _option(_RUN, "--quiet", "-q", help="No progress display.")] = False,
     module: Annotated[
         bool, _option(_TORCHRUN, "--module", "-m", help="The target is a module, run as python -m does.")

@@ -48,7 +48,7 @@ def translate(params: Mapping[str, Any], *, is_job: bool) -> Translated:
             result.values[name] = parse(params[name])
         except ValueError as error:
             result.problems.append(Problem(str(error), _option(name)))
-    result.values |= {name: True for name in ("standalone", "quiet") if params[name]}
+    result.values |= {name: True for name in ("standalone", "quiet", "preflight") if params[name]}
     if params["start_method"] == "forkserver":
         result.notes.append("--start-method forkserver: the same as fork, dltrain forks from a server")
     given = {name for name, value in params.items() if value not in (None, False)}

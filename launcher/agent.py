@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..core.errors import Problem
 from ..core.processes import Process
 from ..core.wire import Channel
 from . import untyped
+from .errand import Outcome, send
 from .held_rank import HeldRank, fork_rank
 from .host import ChildEvent, ForkServer, HostError, server_name
 from .machine import interface_address, interface_of, numa_nodes, rank_environment, usable_cpus, visible_gpus
@@ -31,6 +32,7 @@ from .messages import AgentReport, ChildSpec, NodeInfo, RankBeat, RankEvent, Ran
 from .precheck import check_job
 from .rundir import Record
 from .stacks import Look, look_at
+from .vitals import Vitals, examine
 
 _TAIL_INTERVAL = 0.1
 _MAX_QUEUED = 4 << 20
@@ -113,6 +115,19 @@ class NodeAgent:
             return check_job(server, job, environ=self._environ, cwd=cwd, timeout=timeout)
         finally:
             server.close()
+
+    def errand(self, child: ChildSpec, *, timeout: float) -> Outcome:
+        """Fork ``child`` on a lease of its own, and wait for what comes of it."""
+        server = ForkServer.start(server_name(self._scope, self._environ), self._environ, timeout)
+        try:
+            server.hello(keep_warm=0, timeout=timeout)
+            return send(server, replace(child, env={**self._environ, **child.env}), timeout)
+        finally:
+            server.close()
+
+    def examine(self, folder: str, url: str, options: dict[str, Any]) -> Vitals:
+        """The state of this machine."""
+        return examine(folder=folder, url=url, options=options)
 
     def adopt(self, run_dir: str, run_id: str, logs: str) -> bool:
         """Whether this node sees the run's directory, with the logs in it, and not merely a folder of that name."""

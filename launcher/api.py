@@ -16,12 +16,13 @@ from ..core.checks import check_job
 from ..core.config import load_job
 from ..core.errors import JobError, Problem, RunFailed
 from ..core.formats import is_url
-from ..core.job import Job, Resources, TrackingSpec
+from ..core.job import CheckpointSpec, Job, Resources, TrackingSpec
 from ..core.recovery import RecoverySpec
 from ..tracking.wandb_mode import api_key_present, resolve_mode
 from .carry import RunResult, Work, carry_out
 from .cluster import ClusterError
 from .demand import Demand, demand_here
+from .doctor import check_first
 from .generation import Program
 from .goodput import Goodput
 from .host import HostError
@@ -70,6 +71,7 @@ def launch(
                 _refuse(check_job(job, world=session.demand.world))
             session.place(view.phase)
             _refuse(session.check(data))
+            _preflight(session, job.checkpoint, job.tracking, runs, view)
             run = start.open(job, runs, _yaml(data))
             url = checkpoint_url(job, run)
             try:
@@ -120,6 +122,7 @@ def launch_script(
     with _session(options, resources, recovery, demand, view) as (session, stop):
         session.connect(view.phase)
         session.place(view.phase)
+        _preflight(session, CheckpointSpec(), tracking, runs, view)
         with contextlib.closing(RunDir.create(runs, name, {})) as run:
             body = {
                 "target": {"kind": target.kind, "name": target.name, "args": list(target.args)},
@@ -166,6 +169,11 @@ def _session(
 def _refuse(problems: list[Problem]) -> None:
     if problems:
         raise JobError(*problems)
+
+
+def _preflight(session: Session, checkpoint: CheckpointSpec, tracking: TrackingSpec, runs: Path, view: View) -> None:
+    if session.options.preflight:
+        check_first(session.cluster, checkpoint=checkpoint, tracking=tracking, runs=runs, phase=view.phase)
 
 
 def _check_tracking(tracking: TrackingSpec) -> None:

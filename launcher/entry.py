@@ -192,11 +192,22 @@ def _check(body: dict[str, Any], fds: dict[str, int]) -> int:
     return 0
 
 
+def _probe(body: dict[str, Any], fds: dict[str, int]) -> int:
+    """Measure what joins this node to the others, and send it."""
+    from ..training.links import measure
+
+    channel = _channel(fds)
+    channel.send(measure(body["addresses"], timeout=body["timeout"], pairings=body["pairings"]))
+    channel.flush(10)
+    return 0
+
+
 _ENTRIES: dict[str, Callable[[dict[str, Any], dict[str, int]], int]] = {
     "worker": _worker,
     "script": _script,
     "store": _store,
     "check": _check,
+    "probe": _probe,
 }
 
 

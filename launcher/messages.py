@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self, get_args
 
-ChildKind = Literal["worker", "script", "store", "check"]
+ChildKind = Literal["worker", "script", "store", "check", "probe"]
 TargetKind = Literal["file", "module", "program"]
 Stream = Literal["stdout", "stderr"]
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import time
 from typing import Any
 
 from ..core.errors import JobError, Problem
-from ..core.wire import Channel
+from .errand import send
 from .host import ForkServer
-from .messages import ChildSpec, Exit
+from .messages import ChildSpec
 
 
 def check_job(
@@ -24,34 +20,10 @@ def check_job(
     """
     env = {**environ, "OMP_NUM_THREADS": "1"}
     spec = ChildSpec(kind="check", label="dltrain-check", env=env, cwd=cwd, threads=1, body={"job": job})
-    ours, theirs = socket.socketpair()
-    output = os.memfd_create("dltrain-check-output")
-    channel = Channel(ours)
-    try:
-        child = server.fork(spec, {"stdout": output, "stderr": output, "channel": theirs.fileno()})
-        theirs.close()
-        deadline = time.monotonic() + timeout
-        messages: list[dict[str, Any]] = []
-        while time.monotonic() < deadline:
-            ended = [event.exit for event in server.events(0.05) if event.id == child and event.exit is not None]
-            messages += channel.receive()
-            if ended:
-                break
-        else:
-            server.signal(child, signal.SIGKILL)
-            what = f"building the recipe and opening the data took longer than {timeout:g} s"
-            raise JobError(Problem(what, "recovery.start_timeout", "give it more time"))
-        if not messages:
-            text = os.pread(output, 1 << 16, 0).decode(errors="replace").strip()
-            what = f"building the recipe or opening the data {_words(ended[0])}\n{text}"
-            raise JobError(Problem(what, "recipe"))
-        return [Problem(**problem) for problem in messages[0]["problems"]]
-    finally:
-        channel.close()
-        os.close(output)
-
-
-def _words(ended: Exit) -> str:
-    if ended.signal is not None:
-        return f"was killed by {signal.Signals(ended.signal).name}"
-    return f"ended the process with exit code {ended.code}"
+    outcome = send(server, spec, timeout)
+    if outcome.exit is None:
+        what = f"building the recipe and opening the data took longer than {timeout:g} s"
+        raise JobError(Problem(what, "recovery.start_timeout", "give it more time"))
+    if not outcome.messages:
+        raise JobError(Problem(f"building the recipe or opening the data {outcome}\n{outcome.output}", "recipe"))
+    return [Problem(**problem) for problem in outcome.messages[0]["problems"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..core.errors import JobError, Problem
 from ..core.job import Resources
 from ..core.recovery import RecoverySpec
 from .cluster import Cluster, ClusterError, session_folder
-from .demand import Demand, demand_on
+from .demand import Demand, Machine, demand_on
 from .host import ForkServer, server_name
 from .interrupt import StopRequests
 from .messages import NodeInfo
@@ -36,6 +36,7 @@ class Options:
         keep_warm: seconds that an existing cluster's fork servers stay for the next launch on it.
         fresh: start every rank as a fresh interpreter instead of a fork.
         quiet: no words of our own on the terminal.
+        preflight: look at the nodes, and refuse to start on a sick one.
         master_addr: address for the rendezvous; the default is node 0's.
         master_port: port for the rendezvous; 0 takes a free one.
     """
@@ -47,6 +48,7 @@ class Options:
     keep_warm: float = 0.0
     fresh: bool = False
     quiet: bool = False
+    preflight: bool = False
     master_addr: str | None = None
     master_port: int = 0
 
@@ -64,6 +66,8 @@ class Session:
     environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     _scope: str = field(default_factory=lambda: secrets.token_hex(8))
     _server: ForkServer | None = None
+    ask: Callable[[Resources, Sequence[Machine]], Demand] = demand_on
+    """Settles the demand with an existing cluster's machines."""
     _check: Future[list[Problem]] | None = None
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "dltrain-session"))
 
@@ -112,7 +116,7 @@ class Session:
             self.cluster.connect(self._demand)
         self.stop.leave_if_asked()
         if self._demand is None:
-            self._demand = demand_on(self.resources, self.cluster.machines())
+            self._demand = self.ask(self.resources, self.cluster.machines())
 
     def begin_check(self, job: dict[str, Any]) -> None:
         """Start trying the job's code beside Ray's start, where this machine has a fork server."""
@@ -127,8 +131,12 @@ class Session:
 
         self._check = self._threads.submit(check)
 
-    def place(self, phase: Callable[[str], None]) -> None:
+    def place(self, phase: Callable[[str], None], *, whatever: bool = False) -> None:
         """Have one agent a node, each with a fork server that has torch imported.
+
+        Args:
+            phase: told what is waited for.
+            whatever: take nodes of other versions too, to look at them.
 
         Raises:
             ClusterError: in time there was no room, no agent, or no fork server.
@@ -142,10 +150,15 @@ class Session:
         prepared = [agent.prepare.remote(keep_warm=keep_warm, timeout=timeout) for agent in cluster.agents]
         interface = self.resources.network_interface
         nodes: list[NodeInfo] = cluster.call("describe", interface, waiting_for="describing its machine")
-        _check_versions(nodes)
+        if not whatever:
+            _check_versions(nodes)
         phase("importing torch on the nodes")
         servers = cluster.gather(prepared, waiting_for="importing torch")
-        _check_servers(nodes, servers)
+        _check_servers(servers)
+        pairs = zip(nodes, servers, strict=True)
+        nodes = [replace(node, versions={**node.versions, "torch": facts["torch"]}) for node, facts in pairs]
+        if not whatever:
+            _check_versions(nodes)
         cluster.number(nodes)
 
     def check(self, job: dict[str, Any]) -> list[Problem]:
@@ -210,12 +223,8 @@ def _check_versions(nodes: list[NodeInfo]) -> None:
                 raise JobError(Problem(what, "--address", f"install {name} {wanted} there"))
 
 
-def _check_servers(nodes: list[NodeInfo], servers: list[dict[str, Any]]) -> None:
-    """Refuse fork servers that cannot fork safely, or have imported different versions of torch."""
-    wanted = servers[0]["torch"]
-    for node, facts in zip(nodes, servers, strict=True):
+def _check_servers(servers: list[dict[str, Any]]) -> None:
+    """Refuse fork servers that cannot fork safely."""
+    for node, facts in enumerate(servers):
         if facts["threads"] != 1:
-            raise ClusterError(f"node {node.node}: its fork server runs {facts['threads']} threads: forks are unsafe")
-        if facts["torch"] != wanted:
-            what = f"node {node.node} ({node.hostname}) has torch {facts['torch']}, node 0 has {wanted}"
-            raise JobError(Problem(what, "--address", "install the same on every machine"))
+            raise ClusterError(f"node {node}: its fork server runs {facts['threads']} threads: forks are unsafe")

@@ -63,7 +63,7 @@ def test_the_option_surface_is_frozen() -> None:
         "-r", "-t",
     ]  # fmt: skip
     assert sorted(name for name, takes_value in spellings.items() if not takes_value) == [
-        "--help", "--module", "--no-python", "--quiet", "--run-path", "--standalone", "-h", "-m", "-q",
+        "--help", "--module", "--no-python", "--preflight", "--quiet", "--run-path", "--standalone", "-h", "-m", "-q",
     ]  # fmt: skip
 
 

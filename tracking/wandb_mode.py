@@ -51,19 +51,26 @@ def resolve_mode(spec_mode: Literal["auto"] | Mode, api_key_present: bool, *, en
 
 def api_key_present(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether wandb would find a key: in the environment, its settings file, or netrc for the server's host."""
-    if environ.get("WANDB_API_KEY") or environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    settings = _settings(environ)
-    if settings.get("api_key"):
-        return True
-    url = environ.get("WANDB_BASE_URL") or settings.get("base_url")
-    host = urlsplit(url).netloc if url else _PUBLIC_HOSTS[0]
+    return bool(environ.get("WANDB_IDENTITY_TOKEN_FILE")) or bool(find_key(environ))
+
+
+def find_key(environ: Mapping[str, str]) -> str:
+    """The API key that wandb would find; empty if there is none. It must not be shown or written."""
+    if key := environ.get("WANDB_API_KEY") or _settings(environ).get("api_key"):
+        return key
+    host = urlsplit(server_url(environ)).netloc
     hosts = _PUBLIC_HOSTS if host == _PUBLIC_HOSTS[0] else (host,)
     try:
         file = netrc.netrc(_netrc_path(environ))
     except (OSError, netrc.NetrcParseError):
-        return False
-    return any(entry is not None and entry[2] for entry in map(file.authenticators, hosts))
+        return ""
+    return next((entry[2] for entry in map(file.authenticators, hosts) if entry is not None and entry[2]), "")
+
+
+def server_url(environ: Mapping[str, str]) -> str:
+    """The server that wandb would talk to."""
+    url = environ.get("WANDB_BASE_URL") or _settings(environ).get("base_url")
+    return url or f"https://{_PUBLIC_HOSTS[0]}"
 
 
 def _home(environ: Mapping[str, str]) -> Path:

@@ -1,0 +1,89 @@
+"""``dltrain doctor`` and ``launch --preflight`` against real clusters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from launching import Sandbox
+from machines import Machine, machines, why_not
+from ray_clusters import RayCluster, ray_on
+from wandb_server import Fault, StandIn
+
+
+def test_this_machine_is_looked_at_and_its_storage_tried(sandbox: Sandbox) -> None:
+    done = sandbox.run("doctor", "--nodes", "2", "checkpoint.to=there", "--json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["healthy"]
+    assert [node["node"] for node in found["nodes"]] == [0, 1]
+    assert all(node["flops"] > 0 and node["vitals"]["storage"] > 0 for node in found["nodes"])
+    assert [(link["one"], link["other"]) for link in found["links"]] == [(0, 1)]
+    assert found["links"][0]["bandwidth"] > 0
+    assert not list((sandbox.folder / "there").iterdir())  # what was written to try it is gone
+
+    (sandbox.folder / "file").write_text("", encoding="utf-8")
+    refused = sandbox.run("launch", "--preflight", "checkpoint.to=file/below", "train.steps=2")
+    assert refused.returncode == 2, refused.stdout
+    assert "cannot write to" in refused.stderr
+    assert not (sandbox.folder / "runs").exists()
+
+
+def test_wrong_requests(sandbox: Sandbox) -> None:
+    for arguments, says in (
+        (("--address", "127.0.0.1:1"), "no Ray cluster answers at 127.0.0.1:1"),
+        (("--address", "auto", "train.epoch=3"), "did you mean 'epochs'?"),
+        (("nowhere.yaml",), "nowhere.yaml"),
+    ):
+        refused = sandbox.run("doctor", *arguments)
+        assert refused.returncode == 2, refused.stdout
+        assert says in refused.stderr
+
+
+def test_the_tracker_is_asked_with_the_key_which_is_never_shown() -> None:
+    from dltrain.tracking.wandb_reach import why_unreached
+
+    key = "0123456789" * 4
+    with StandIn() as server:
+        environ = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": key, "HOME": "/nowhere"}
+        assert why_unreached(environ) == ""
+        for fault, says in ((401, "refuses this API key"), (500, "answers with HTTP Error 500"), ("drop", "does not")):
+            server.fault = Fault(fault)
+            said = why_unreached(environ)
+            assert says in said
+            assert key not in said
+    assert "does not answer" in why_unreached(environ, timeout=1.0)
+
+
+@pytest.fixture
+def lan(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Machine], RayCluster]]:
+    """Four machines with a CPU each; commands run on the first."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with machines(4) as four, ray_on(four, tmp_path_factory.mktemp("ray"), "--num-cpus=1") as ray:
+        sandbox.prefix = four[0].prefix
+        yield four, ray
+
+
+@pytest.mark.slow
+def test_the_machine_with_a_slow_link_is_named_and_a_healthy_cluster_accused_of_nothing(
+    sandbox: Sandbox, lan: tuple[list[Machine], RayCluster]
+) -> None:
+    four, ray = lan
+    doctor = ("doctor", "--address", ray.address)
+    healthy = sandbox.run(*doctor, **ray.environ)
+    assert healthy.returncode == 0, healthy.stdout + healthy.stderr
+    assert "4 nodes: healthy" in healthy.stdout
+    four[2].run(
+        "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "100mbit", "burst", "64kb", "latency", "50ms"
+    )
+    slow = sandbox.run(*doctor, "--json", **ray.environ)
+    assert slow.returncode == 1, slow.stdout + slow.stderr
+    assert [finding["nodes"] for finding in json.loads(slow.stdout)["findings"] if finding["sick"]] == [[2]]
+    on = ("launch", "--address", ray.address, "--nodes", "4", "train.steps=2", "train.global_batch=64")
+    refused = sandbox.run(*on, "--preflight", **ray.environ)
+    assert refused.returncode == 2, refused.stdout
+    assert "node 2 (m2): its network link has " in refused.stderr
+    assert not (sandbox.folder / "runs").exists()
