@@ -17,8 +17,9 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, Val
 
 from ..core.errors import JobError, Problem, RunFailed
 from ..core.tensorfile import ITEMSIZE, nbytes
+from .digest import PATTERN
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 _FOLDER = re.compile(r"step-(\d{8,15})")
@@ -69,8 +70,8 @@ class PieceEntry(_Strict):
     """First byte in the file."""
     end: _Index
     """One past the last byte in the file."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Hash of these bytes."""
+    hash: str = Field(pattern=PATTERN)
+    """Algorithm and hash of these bytes."""
 
 
 class TensorEntry(_Strict):
@@ -119,7 +120,7 @@ class Cursor(_Strict):
 class Manifest(_Strict):
     """A complete checkpoint."""
 
-    format: Literal[1]
+    format: Literal[2]
     """Version of this layout."""
     dltrain: str
     """Version of the writer."""
@@ -165,7 +166,7 @@ def parse(raw: bytes, *, step: int, where: str) -> Manifest:
         raise CorruptCheckpoint(step, MANIFEST, "", f"not JSON ({error})") from None
     _refuse_newer(values, where)
     try:
-        manifest = Manifest.model_validate_json(raw)
+        manifest = Manifest.model_validate_json(_of_format_1(values) if _version(values) == 1 else raw)
     except ValidationError as error:
         raise _corrupt(step, error) from None
     if manifest.step != step:
@@ -174,12 +175,31 @@ def parse(raw: bytes, *, step: int, where: str) -> Manifest:
 
 
 def _refuse_newer(values: Any, where: str) -> None:
-    version = values.get("format") if isinstance(values, Mapping) else None
-    if isinstance(version, int) and version > FORMAT:
+    version = _version(values)
+    if version is not None and version > FORMAT:
         writer = values.get("dltrain")
         by = f", written by dltrain {writer[:40]!r}" if isinstance(writer, str) else ""
         what = f"checkpoint format {version}{by}; this version reads up to format {FORMAT}"
         raise JobError(Problem(what, where, "install a newer dltrain"))
+
+
+def _version(values: Any) -> int | None:
+    version = values.get("format") if isinstance(values, Mapping) else None
+    return version if isinstance(version, int) and not isinstance(version, bool) else None
+
+
+def _of_format_1(values: dict[str, Any]) -> str:
+    """The text of a manifest of format 1, which knew SHA-256 alone, as one of this format.
+
+    What does not look like one is left as it is: the check that follows says what is wrong.
+    """
+    tensors = values.get("tensors")
+    for entry in tensors.values() if isinstance(tensors, dict) else ():
+        pieces = entry.get("pieces") if isinstance(entry, dict) else None
+        for piece in pieces if isinstance(pieces, list) else ():
+            if isinstance(piece, dict) and "hash" not in piece and "sha256" in piece:
+                piece["hash"] = f"sha256:{piece.pop('sha256')}"
+    return json.dumps({**values, "format": FORMAT})
 
 
 def _corrupt(step: int, error: ValidationError) -> CorruptCheckpoint:

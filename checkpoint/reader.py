@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..core.storage import Storage
 from ..core.tensorfile import ITEMSIZE
+from .digest import algorithm, matches
 from .manifest import MANIFEST, CorruptCheckpoint, Manifest, PieceEntry, folder_name, folder_step, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+P = TypeVar("P", bound=tuple[Any, ...])
 
 #: A slice of a tensor: the index of its first element along each axis, and its extent.
 Slice = tuple[tuple[int, ...], tuple[int, ...]]
@@ -33,6 +34,26 @@ class Entry:
 
     step: int
     folder: str
+
+
+class Target(NamedTuple):
+    """Where a slice of a tensor is to go.
+
+    Attributes:
+        offset: index of the slice's first element along each axis.
+        array: of the slice's shape; takes the bit patterns, so its dtype is :func:`bits`'s.
+    """
+
+    offset: tuple[int, ...]
+    array: np.ndarray
+
+
+class _Load(NamedTuple):
+    """A piece to be read, and the numbers of the targets of its tensor that it has a part of."""
+
+    fqn: str
+    piece: PieceEntry
+    targets: list[int]
 
 
 def catalogue(storage: Storage) -> list[Entry]:
@@ -60,12 +81,8 @@ def open_manifest(storage: Storage, step: int) -> Manifest:
 def read(storage: Storage, manifest: Manifest, wanted: Mapping[str, Slice] | None = None) -> dict[str, Tensor]:
     """Tensors on the CPU with exactly the ``wanted`` slices (offset, shape) by name; all whole tensors by default.
 
-    Only the pieces that the slices touch are read, and each is verified before it is used.
-
     Raises:
-        CorruptCheckpoint: a file is missing or cut short, or a piece is not the one that was written.
-        KeyError: the checkpoint has no tensor of a wanted name.
-        ValueError: a wanted slice leaves its tensor.
+        As :func:`read_into`.
     """
     from .tensors import from_array
 
@@ -79,23 +96,68 @@ def read_arrays(
     """As :func:`read`, as bit patterns: unsigned integers of the element's width (uint8, 16, 32 or 64)."""
     if wanted is None:
         wanted = {fqn: ((0,) * len(entry.shape), entry.shape) for fqn, entry in manifest.tensors.items()}
-    pieces = sorted(_touched(manifest, wanted), key=lambda item: (item[1].file, item[1].begin))
-    _check_files(storage, manifest.step, pieces)
-    arrays = {fqn: np.empty(shape, _bits(manifest, fqn)) for fqn, (_, shape) in wanted.items()}
-
-    def load(run: list[tuple[str, PieceEntry]]) -> None:
-        file, begin = run[0][1].file, run[0][1].begin
-        data = storage.read_range(f"{folder_name(manifest.step)}/{file}", begin, run[-1][1].end)
-        for fqn, piece in run:
-            block = memoryview(data)[piece.begin - begin : piece.end - begin]
-            if hashlib.sha256(block).hexdigest() != piece.sha256:
-                why = f"bytes [{piece.begin}, {piece.end}) do not match their sha256"
-                raise CorruptCheckpoint(manifest.step, file, fqn, why)
-            box = np.frombuffer(block, arrays[fqn].dtype).reshape(piece.shape)
-            _copy_overlap(box, piece.offset, arrays[fqn], wanted[fqn][0])
-
-    _for_each(load, list(runs(pieces)))
+    loads = _loads(manifest, {fqn: [(offset, shape)] for fqn, (offset, shape) in wanted.items()})
+    _check_files(storage, manifest.step, loads)  # before memory is taken for what they should hold
+    arrays = {fqn: np.empty(shape, bits(manifest, fqn)) for fqn, (_, shape) in wanted.items()}
+    _carry_out(storage, manifest, loads, {fqn: [Target(wanted[fqn][0], array)] for fqn, array in arrays.items()})
     return arrays
+
+
+def read_into(storage: Storage, manifest: Manifest, targets: Mapping[str, Sequence[Target]]) -> None:
+    """Fill each target with the slice of its tensor.
+
+    Only the pieces that the slices touch are read, each once, and straight into the target where it lies there in one
+    run. Each is verified: when this returns all targets hold what was written, when it raises they hold anything.
+
+    Raises:
+        CorruptCheckpoint: a file is missing or cut short, or a piece is not the one that was written.
+        KeyError: the checkpoint has no tensor of a wanted name.
+        ValueError: a wanted slice leaves its tensor.
+    """
+    slices = {fqn: [(target.offset, target.array.shape) for target in of_it] for fqn, of_it in targets.items()}
+    loads = _loads(manifest, slices)
+    _check_files(storage, manifest.step, loads)
+    _carry_out(storage, manifest, loads, targets)
+
+
+def bits(manifest: Manifest, fqn: str) -> np.dtype:
+    """The numpy dtype of a tensor's bit patterns."""
+    return np.dtype(f"<u{ITEMSIZE[manifest.tensors[fqn].dtype]}")
+
+
+def _carry_out(
+    storage: Storage, manifest: Manifest, loads: list[_Load], targets: Mapping[str, Sequence[Target]]
+) -> None:
+    def load(run: list[_Load]) -> None:
+        file, begin = run[0].piece.file, run[0].piece.begin
+        places = [[targets[item.fqn][number] for number in item.targets] for item in run]
+        straight = [_straight(item.piece, of_it) for item, of_it in zip(run, places, strict=True)]
+        buffers = [
+            np.empty(item.piece.end - item.piece.begin, np.uint8) if found is None else found[1]
+            for item, found in zip(run, straight, strict=True)
+        ]
+        storage.read_into(f"{folder_name(manifest.step)}/{file}", begin, [buffer.data for buffer in buffers])
+        for (fqn, piece, _), of_it, found, buffer in zip(run, places, straight, buffers, strict=True):
+            if not matches(buffer.data, piece.hash):
+                why = f"bytes [{piece.begin}, {piece.end}) do not match their {algorithm(piece.hash)}"
+                raise CorruptCheckpoint(manifest.step, file, fqn, why)
+            for target in of_it:
+                if found is None or target is not found[0]:
+                    _copy_overlap(buffer.view(bits(manifest, fqn)).reshape(piece.shape), piece.offset, target)
+
+    _for_each(load, list(runs(loads)))
+
+
+def _straight(piece: PieceEntry, targets: Sequence[Target]) -> tuple[Target, np.ndarray] | None:
+    """A target that the piece's bytes follow each other in, and these bytes of it; None where there is no such."""
+    for target in targets:
+        begin = [a - b for a, b in zip(piece.offset, target.offset, strict=True)]
+        end = [first + extent for first, extent in zip(begin, piece.shape, strict=True)]
+        if min(begin, default=0) >= 0 and all(e <= n for e, n in zip(end, target.array.shape, strict=True)):
+            box = target.array[(*map(slice, begin, end), ...)]
+            if box.flags.c_contiguous:
+                return target, box.reshape(-1).view(np.uint8)
+    return None
 
 
 def _for_each(load: Callable[[T], None], items: Sequence[T]) -> None:
@@ -114,27 +176,34 @@ def _for_each(load: Callable[[T], None], items: Sequence[T]) -> None:
             raise
 
 
-def _touched(manifest: Manifest, wanted: Mapping[str, Slice]) -> Iterator[tuple[str, PieceEntry]]:
-    """The pieces that the wanted slices need."""
-    for fqn, (offset, shape) in wanted.items():
+def _loads(manifest: Manifest, wanted: Mapping[str, Sequence[Slice]]) -> list[_Load]:
+    """The pieces that the wanted slices need, in the order of the files."""
+    found: list[_Load] = []
+    for fqn, slices in wanted.items():
         if fqn not in manifest.tensors:
             raise KeyError(f"checkpoint {folder_name(manifest.step)} has no tensor {fqn}")
         whole = manifest.tensors[fqn].shape
-        if not len(offset) == len(shape) == len(whole) or any(
-            begin < 0 or extent < 0 or begin + extent > size
-            for begin, extent, size in zip(offset, shape, whole, strict=True)
-        ):
-            raise ValueError(f"{fqn}: the slice {list(shape)} at {list(offset)} leaves the tensor {list(whole)}")
+        for offset, shape in slices:
+            if not len(offset) == len(shape) == len(whole) or any(
+                begin < 0 or extent < 0 or begin + extent > size
+                for begin, extent, size in zip(offset, shape, whole, strict=True)
+            ):
+                raise ValueError(f"{fqn}: the slice {list(shape)} at {list(offset)} leaves the tensor {list(whole)}")
         for piece in manifest.tensors[fqn].pieces:
-            bounds = zip(offset, shape, piece.offset, piece.shape, strict=True)
-            if all(max(a, b) < min(a + n, b + m) for a, n, b, m in bounds):
-                yield fqn, piece
+            touching = [number for number, part in enumerate(slices) if _overlap(part, (piece.offset, piece.shape))]
+            if touching:
+                found.append(_Load(fqn, piece, touching))
+    return sorted(found, key=lambda item: (item.piece.file, item.piece.begin))
 
 
-def _check_files(storage: Storage, step: int, pieces: list[tuple[str, PieceEntry]]) -> None:
-    """Every needed file is there and long enough: known before memory is taken for what it should hold."""
-    for file, group in groupby(pieces, key=lambda item: item[1].file):
-        fqn, last = list(group)[-1]
+def _overlap(one: Slice, other: Slice) -> bool:
+    return all(max(a, b) < min(a + n, b + m) for a, n, b, m in zip(*one, *other, strict=True))
+
+
+def _check_files(storage: Storage, step: int, loads: list[_Load]) -> None:
+    """Raise CorruptCheckpoint unless every needed file is there and long enough."""
+    for file, group in groupby(loads, key=lambda item: item.piece.file):
+        fqn, last, _ = list(group)[-1]
         try:
             size = storage.size(f"{folder_name(step)}/{file}")
         except FileNotFoundError:
@@ -144,9 +213,12 @@ def _check_files(storage: Storage, step: int, pieces: list[tuple[str, PieceEntry
             raise CorruptCheckpoint(step, file, fqn, why)
 
 
-def runs(pieces: list[tuple[str, PieceEntry]]) -> Iterator[list[tuple[str, PieceEntry]]]:
-    """Groups of pieces that follow each other in one file, of ``_RUN`` bytes at most (or one piece)."""
-    run: list[tuple[str, PieceEntry]] = []
+def runs(pieces: list[P]) -> Iterator[list[P]]:
+    """Groups of pieces that follow each other in one file, of ``_RUN`` bytes at most (or one piece).
+
+    Each is a tuple of a tensor's name, the piece, and anything else.
+    """
+    run: list[P] = []
     for item in pieces:
         if run and (
             item[1].file != run[-1][1].file or item[1].begin != run[-1][1].end or item[1].end - run[0][1].begin > _RUN
@@ -158,14 +230,11 @@ def runs(pieces: list[tuple[str, PieceEntry]]) -> Iterator[list[tuple[str, Piece
         yield run
 
 
-def _bits(manifest: Manifest, fqn: str) -> np.dtype:
-    return np.dtype(f"<u{ITEMSIZE[manifest.tensors[fqn].dtype]}")
-
-
-def _copy_overlap(box: np.ndarray, at: tuple[int, ...], out: np.ndarray, offset: tuple[int, ...]) -> None:
-    """Copy what ``box`` (at ``at`` in the whole tensor) and ``out`` (at ``offset``) have in common."""
+def _copy_overlap(box: np.ndarray, at: tuple[int, ...], target: Target) -> None:
+    """Copy what ``box`` (at ``at`` in the whole tensor) and ``target`` have in common."""
+    out, offset = target.array, target.offset
     begin = [max(a, b) for a, b in zip(at, offset, strict=True)]
     end = [min(a + n, b + m) for a, n, b, m in zip(at, box.shape, offset, out.shape, strict=True)]
     source = tuple(slice(lo - a, hi - a) for lo, hi, a in zip(begin, end, at, strict=True))
-    target = tuple(slice(lo - b, hi - b) for lo, hi, b in zip(begin, end, offset, strict=True))
-    out[target] = box[source]
+    place = tuple(slice(lo - b, hi - b) for lo, hi, b in zip(begin, end, offset, strict=True))
+    out[place] = box[source]

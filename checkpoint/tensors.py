@@ -31,6 +31,7 @@ _CODES = {
     torch.float64: "F64",
     torch.complex64: "C64",
 }
+_PATTERNS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
@@ -49,6 +50,14 @@ def to_bytes(tensor: Tensor) -> memoryview:
     """The elements, row-major, as bytes on the CPU; without a copy where they lie so already."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data
+
+
+def bits(tensor: Tensor) -> np.ndarray | None:
+    """The elements' bit patterns in the tensor's own memory, to be written to; None for a tensor on another device."""
+    plain = tensor.detach()
+    if plain.device.type != "cpu" or plain.is_conj() or plain.is_neg():
+        return None
+    return plain.view(_PATTERNS[plain.element_size()]).numpy()
 
 
 def from_array(array: np.ndarray, dtype: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..core.storage import Storage
 from ..core.tensorfile import Item, header
+from .digest import algorithm, matches
 from .manifest import CorruptCheckpoint, Manifest, PieceEntry, folder_name
 from .reader import open_manifest, runs
 
@@ -93,8 +93,9 @@ def _verify_file(storage: Storage, manifest: Manifest, file: str, pieces: list[_
         begin = run[0][1].begin
         data = memoryview(storage.read_range(name, begin, run[-1][1].end))
         for fqn, piece in run:
-            if hashlib.sha256(data[piece.begin - begin : piece.end - begin]).hexdigest() != piece.sha256:
-                yield Damage(step, file, fqn, piece.begin, piece.end, "not the bytes that were written (sha256)")
+            if not matches(data[piece.begin - begin : piece.end - begin], piece.hash):
+                why = f"not the bytes that were written ({algorithm(piece.hash)})"
+                yield Damage(step, file, fqn, piece.begin, piece.end, why)
     for fqn, piece in pieces[len(there) :]:
         yield Damage(step, file, fqn, piece.begin, piece.end, f"the file is cut short: it has {size} bytes")
 

@@ -6,7 +6,6 @@ Shards may be written by any number of processes at once; only after all of thei
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ..core.storage import Storage
 from ..core.tensorfile import ITEMSIZE, Item, header, nbytes, order
+from .digest import digest
 from .manifest import FORMAT, MANIFEST, Cursor, Manifest, PieceEntry, TensorEntry, folder_name
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Bytes under one hash, so that a slice can be read and verified alone: about a 128th of the tensor, in these bounds.
 _PARTS, _LEAST, _MOST = 128, 256 << 10, 8 << 20
-_INLINE = 64 << 10  # bytes that are hashed sooner than a thread can be told to
+_INLINE = 256 << 10  # bytes that are hashed sooner than a thread can be told to
 
 
 class PieceKey(NamedTuple):
@@ -227,29 +227,33 @@ def _stream(
     records: list[PieceRecord],
     hasher: ThreadPoolExecutor,
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of the file in order; appends a record for each piece as it goes out. It is hashed meanwhile."""
+    """The bytes of the file in order; appends the records of a tensor's pieces as it goes out, hashed meanwhile."""
     start = header([_item(planned) for planned in plan])
     yield start
     begin = len(start)
-    for (key, whole), content in zip(plan, data, strict=True):
-        done, limit = 0, max(_LEAST, min(nbytes(key.dtype, whole) // _PARTS, _MOST))
-        for offset, shape in _cut(key.offset, key.shape, ITEMSIZE[key.dtype], limit):
-            size = nbytes(key.dtype, shape)
-            block, done = content[done : done + size], done + size
-            if size <= _INLINE:
-                digest = _sha256(block)
-                yield block
-            else:
-                hashing = hasher.submit(_sha256, block)
-                yield block
-                digest = hashing.result()
-            piece = PieceEntry(file=file, offset=offset, shape=shape, begin=begin, end=begin + size, sha256=digest)
-            records.append(PieceRecord(fqn=key.fqn, dtype=key.dtype, whole=whole, piece=piece))
-            begin += size
+    for planned, content in zip(plan, data, strict=True):
+        if len(content) <= _INLINE:
+            yield content
+            records += _pieces(planned, content, file, begin)
+        else:
+            hashing = hasher.submit(_pieces, planned, content, file, begin)
+            yield content
+            records += hashing.result()
+        begin += len(content)
 
 
-def _sha256(block: memoryview) -> str:
-    return hashlib.sha256(block).hexdigest()
+def _pieces(planned: Planned, content: memoryview, file: str, begin: int) -> list[PieceRecord]:
+    """What one rank holds of a tensor, cut into pieces with a hash each; it is at ``begin`` in the file."""
+    (key, whole), done = planned, 0
+    limit = max(_LEAST, min(nbytes(key.dtype, whole) // _PARTS, _MOST))
+    records = list[PieceRecord]()
+    for offset, shape in _cut(key.offset, key.shape, ITEMSIZE[key.dtype], limit):
+        end = done + nbytes(key.dtype, shape)
+        place = {"offset": offset, "shape": shape, "begin": begin + done, "end": begin + end}
+        piece = PieceEntry(file=file, hash=digest(content[done:end]), **place)
+        records.append(PieceRecord(fqn=key.fqn, dtype=key.dtype, whole=whole, piece=piece))
+        done = end
+    return records
 
 
 def _cut(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from .runs import Box, box_around_run, boxes_of_run
+from .runs import boxes_of_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -161,14 +161,6 @@ class Shard:
         """The piece as boxes of the tensor: itself."""
         yield self
 
-    def bounds(self) -> Box:
-        """The box of the tensor that this piece is read from: its own."""
-        return self.offset, tuple(self.data.shape)
-
-    def take(self, box: Tensor) -> None:
-        """Copy the piece out of the tensor's :meth:`bounds`."""
-        self.data.copy_(box)
-
 
 @dataclass(frozen=True)
 class Run:
@@ -191,18 +183,6 @@ class Run:
             size = prod(extents)
             yield Shard(self.shape, offset, self.data[done : done + size].view(extents))
             done += size
-
-    def bounds(self) -> Box:
-        """The box of the tensor that the run is read from; it may hold more than the run."""
-        return box_around_run(self.shape, self.start, self.start + self.data.numel())
-
-    def take(self, box: Tensor) -> None:
-        """Copy the run out of the tensor's :meth:`bounds`."""
-        offset, extents = self.bounds()
-        strides = [prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
-        skipped = self.start - sum(index * stride for index, stride in zip(offset, strides, strict=True))
-        assert tuple(box.shape) == extents, f"a box of {extents}, not {tuple(box.shape)}"
-        self.data.copy_(box.reshape(-1)[skipped : skipped + self.data.numel()])
 
 
 #: State of an engine by fully qualified name: ``model.<part>.<fqn>`` for weights and buffers,

@@ -12,7 +12,8 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
@@ -119,15 +120,14 @@ class RemoteFolder(Folder):
     def read(self, name: str) -> bytes:
         return self._call("read", name, lambda: self._fs.cat_file(self._path(name)))
 
-    def read_range(self, name: str, begin: int, end: int) -> bytearray:
-        path, data = self._path(name), bytearray(end - begin)
+    def read_into(self, name: str, begin: int, buffers: Sequence[memoryview]) -> None:
+        path, left, end = self._path(name), deque(buffers), begin + sum(map(len, buffers))
         for start in range(begin, end, _BLOCK):
             stop = min(start + _BLOCK, end)
             block = self._call("read", name, lambda a=start, b=stop: self._fs.cat_file(path, start=a, end=b))
             if len(block) != stop - start:
                 raise ends_early(end, f"{self.shown}/{name}")
-            data[start - begin : stop - begin] = block
-        return data
+            _deal(memoryview(block), left)
 
     def size(self, name: str) -> int:
         self._fs.invalidate_cache()
@@ -219,6 +219,17 @@ def _blocks(chunks: Iterable[Chunk]) -> Iterator[memoryview]:
         view = memoryview(chunk)
         for begin in range(0, view.nbytes, _BLOCK):
             yield view.cast("B")[begin : begin + _BLOCK]
+
+
+def _deal(block: memoryview, left: deque[memoryview]) -> None:
+    """Copy ``block`` into the first of the buffers, and take away from these what is full."""
+    while block:
+        buffer = left.popleft()
+        count = min(len(block), len(buffer))
+        buffer[:count] = block[:count]
+        block = block[count:]
+        if count < len(buffer):
+            left.appendleft(buffer[count:])
 
 
 def _reason(error: Exception) -> str:

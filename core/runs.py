@@ -38,20 +38,3 @@ def _within(index: int, shape: Sequence[int], start: int, stop: int) -> Iterator
     """The boxes of a run within row ``index``."""
     for offset, extents in boxes_of_run(shape[1:], start, stop):
         yield (index, *offset), (1, *extents)
-
-
-def box_around_run(shape: Sequence[int], start: int, stop: int) -> Box:
-    """The smallest box of whole rows, or of whole rows within one row, that the elements ``start`` to ``stop`` lie in.
-
-    An empty run has an empty box where the tensor has an axis.
-    """
-    if not shape:
-        return (), ()
-    if start >= stop:
-        return (0,) * len(shape), (0, *shape[1:])
-    row = prod(shape[1:])
-    first, last = start // row, (stop - 1) // row
-    if first < last or len(shape) == 1:
-        return (first, *(0 for _ in shape[1:])), (last - first + 1, *shape[1:])
-    offset, extents = box_around_run(shape[1:], start - first * row, stop - first * row)
-    return (first, *offset), (1, *extents)

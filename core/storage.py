@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .errors import JobError, Problem
@@ -72,7 +72,17 @@ class Storage:
         """Bytes ``[begin, end)`` of the file, exactly: a file that ends before ``end`` is an OSError."""
         if not 0 <= begin <= end:
             raise ValueError(f"[{begin}, {end}) is no range of bytes")
-        return self._folder.read_range(_checked(name), begin, end)
+        data = bytearray(end - begin)
+        self.read_into(name, begin, [memoryview(data)])
+        return data
+
+    def read_into(self, name: str, begin: int, buffers: Sequence[memoryview]) -> None:
+        """The bytes of the file from ``begin`` on, into one buffer of bytes after the other, until all are full.
+
+        Raises:
+            OSError: the storage failed, or the file ends before that; what the buffers hold then is not said.
+        """
+        self._folder.read_into(_checked(name), begin, buffers)
 
     def size(self, name: str) -> int:
         """Length of the file in bytes. Raises FileNotFoundError."""

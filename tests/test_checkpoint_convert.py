@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_replaces_nothing(local: Storage, tmp_path: Path) -
     flip(shard_files(local, 1)[0])
     victims = [shard_files(local, 1)[0].read_bytes()]
     done = convert(local, tmp_path / "m.safetensors", "--force")
-    assert (done.code, "do not match their sha256" in done.err) == (2, True)
+    assert (done.code, "do not match their blake3" in done.err) == (2, True)
     assert (tmp_path / "m.safetensors").read_bytes() == before
     assert not list(tmp_path.glob("*.partial"))
     assert victims == [shard_files(local, 1)[0].read_bytes()]

@@ -34,7 +34,7 @@ from .s3_server import S3Server
 
 @pytest.mark.parametrize(
     ("harm", "said"),
-    [(flip, "do not match their sha256"), (truncate, "cut short"), (Path.unlink, "missing")],
+    [(flip, "do not match their blake3"), (truncate, "cut short"), (Path.unlink, "missing")],
 )
 @pytest.mark.parametrize("victim", [0, 3])
 def test_a_harmed_shard_is_named_and_the_older_checkpoint_used(
@@ -105,16 +105,17 @@ from dltrain.core.contracts import Shard
 from dltrain.core.storage import Storage
 
 class Deadly(Storage):
-    '''Kills this process before the chunk with the given number goes out, counted over all files of the save.'''
+    '''Kills this process before the block with the given number goes out, counted over all files of the save.'''
     left = -1
     def write(self, name, chunks):
         super().write(name, self.counted(chunks))
     def counted(self, chunks):
         for chunk in chunks:
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.left -= 1
-            yield chunk
+            for begin in range(0, len(chunk), 256 << 10):
+                if self.left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                self.left -= 1
+                yield chunk[begin : begin + (256 << 10)]
 
 def save(url, step, fatal, rows, columns):
     torch.manual_seed(step)
@@ -152,7 +153,7 @@ for number in numbers:
 
 
 def save_and_die(url: str, *, rows: int, columns: int, at: Iterable[int]) -> list[int]:
-    """Save step 100, then others, killed before the chunks of the numbers ``at``; their steps: the last survived."""
+    """Save step 100, then others, killed before the blocks of the numbers ``at``; their steps: the last survived."""
     command = [sys.executable, "-c", SAVE_AND_DIE, url, str(rows), str(columns), *map(str, at)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -160,7 +161,7 @@ def save_and_die(url: str, *, rows: int, columns: int, at: Iterable[int]) -> lis
 
 
 def test_a_save_killed_anywhere_leaves_the_older_checkpoint(local: Storage) -> None:
-    """SIGKILL before every chunk that a save writes: headers and pieces of two shards, the manifest."""
+    """SIGKILL before every block that a save writes: headers and tensors of two shards, the manifest."""
     *killed, survivor = save_and_die(str(local), rows=3, columns=1 << 15, at=range(100))
     assert len(killed) == 2 * (1 + 2 * 2) + 1
     for step in killed:
@@ -175,7 +176,7 @@ def test_a_save_killed_anywhere_leaves_the_older_checkpoint(local: Storage) -> N
 
 def test_an_upload_killed_halfway_leaves_the_older_checkpoint(bucket: str, s3: S3Server) -> None:
     storage = Storage(f"s3://{bucket}/run")
-    at = (125, 256, 262, 263)  # late in either shard of 131 chunks, before the manifest, and never
+    at = (155, 316, 322, 323)  # late in either shard of 161 blocks, before the manifest, and never
     *killed, survivor = save_and_die(str(storage), rows=5, columns=1 << 20, at=at)
     assert len(killed) == 3
     assert s3.client.list_multipart_uploads(Bucket=bucket)["Uploads"]  # some died in the middle of an upload

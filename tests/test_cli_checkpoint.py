@@ -146,7 +146,7 @@ def test_nothing_in_a_bucket_is_refused(bucket: str) -> None:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (flip, "not the bytes that were written (sha256)"),
+        (flip, "not the bytes that were written (blake3)"),
         (truncate, "the file is cut short"),
         (Path.unlink, "the file is missing, which holds pieces of 7 tensors"),
         (lambda path: path.write_bytes(b""), "the file has no whole safetensors header"),
@@ -202,7 +202,7 @@ def test_verify_lists_everything_by_tensor_and_bytes(storage: Storage) -> None:
     assert code == 1
     for name, piece in zip(("model.net.conv", "model.net.turned"), victims, strict=True):
         place = f"step-00000002/{piece.file}, tensor {name}, bytes [{piece.begin}, {piece.end}): "
-        assert f"{place}not the bytes that were written (sha256)\n" in out
+        assert f"{place}not the bytes that were written (blake3)\n" in out
     assert out.endswith("step-00000002: 2 things wrong\n")
 
 
@@ -236,7 +236,7 @@ def test_a_newer_format_is_refused_by_its_number(storage: Storage) -> None:
     for command in ("show", "verify"):
         code, out, err = checkpoint(command, storage)
         assert (code, out) == (2, "")
-        assert "checkpoint format 7, written by dltrain '9.9'; this version reads up to format 1" in err
+        assert "checkpoint format 7, written by dltrain '9.9'; this version reads up to format 2" in err
         assert "install a newer dltrain" in err
     assert [item["state"] for item in shown("ls", storage)] == ["newer"]
 

@@ -82,7 +82,7 @@ def test_what_is_read_is_verified(local: Storage) -> None:
         try:
             found[name]
         except dltrain.RunFailed as error:
-            wrong.append((name, "sha256" in str(error)))
+            wrong.append((name, "blake3" in str(error)))
     assert len(wrong) == 1
     assert wrong[0][1]
 

@@ -81,8 +81,10 @@ PIECE = "tensors/model.net.embed.weight/pieces/0"
         (f"{PIECE}/offset", [19, 0], "leaves the tensor"),
         (f"{PIECE}/shape", [5, 10], "bytes for a piece"),
         (f"{PIECE}/end", 10**9, "bytes for a piece"),
-        (f"{PIECE}/sha256", "0" * 63, "sha256"),
-        (f"{PIECE}/sha256", "G" * 64, "sha256"),
+        (f"{PIECE}/hash", "blake3:" + "0" * 63, "hash"),
+        (f"{PIECE}/hash", "blake3:" + "G" * 64, "hash"),
+        (f"{PIECE}/hash", "md5:" + "0" * 64, "hash"),
+        (f"{PIECE}/hash", "0" * 64, "hash"),
     ],
 )
 def test_a_hostile_manifest_is_refused(local: Storage, path: str, value: object, said: str) -> None:
@@ -118,12 +120,12 @@ def test_a_manifest_that_promises_much_takes_no_memory(local: Storage) -> None:
 
 
 def test_many_pieces_are_checked_quickly() -> None:
-    digest = "0" * 64
+    digest = f"blake3:{0:064}"
 
     def pieces(count: int) -> list[dict[str, Any]]:
         boxes = product(range(count), range(count))
         return [
-            {"file": "s.safetensors", "offset": [i, j], "shape": [1, 1], "begin": n, "end": n + 1, "sha256": digest}
+            {"file": "s.safetensors", "offset": [i, j], "shape": [1, 1], "begin": n, "end": n + 1, "hash": digest}
             for n, (i, j) in enumerate(boxes)
         ]
 
@@ -140,5 +142,5 @@ def test_a_newer_format_is_refused_with_the_version_named_and_no_older_one_taken
     document = json.loads(local.read("step-00000005/manifest.json"))
     document |= {"format": 3, "dltrain": "9.1", "unknown": {}}
     local.write("step-00000006/manifest.json", [json.dumps(document).encode()])
-    with pytest.raises(JobError, match=r"format 3, written by dltrain '9\.1'.* up to format 1.*newer dltrain"):
+    with pytest.raises(JobError, match=r"format 3, written by dltrain '9\.1'.* up to format 2.*newer dltrain"):
         newest_good(local, lambda manifest: read(local, manifest), print)

@@ -118,7 +118,7 @@ def test_what_a_killed_rank_has_given_is_finished_by_its_persister(local: Storag
     for _ in range(kills):
         ended = run_ranks(savers.saves_until_it_is_killed, 1, tmp_path, str(local), done + 1, moments.uniform(0, 0.03))
         assert ended == [-signal.SIGKILL]
-        savers.wait_until_gone("dltrain-save0", tmp_path)
+        savers.wait_until_gone(tmp_path)
         done = check(local, at_least=done + 1)
 
 
@@ -147,7 +147,7 @@ def test_a_full_disk_is_told_of_and_the_snapshot_is_written_when_there_is_room(t
         assert ended == [0], (tmp_path / "rank0.log").read_text()
         assert check(Storage(str(folder))) == 2
     finally:
-        savers.wait_until_gone("dltrain-save0", tmp_path)
+        savers.wait_until_gone(tmp_path)
         subprocess.run(["umount", str(small)], check=True, timeout=30)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 
 from ..checkpoint.manifest import Manifest
-from ..checkpoint.reader import read
+from ..checkpoint.reader import Target, read_into
+from ..checkpoint.reader import bits as pattern
+from ..checkpoint.tensors import bits, code, from_array
 from ..core.contracts import ShardedState
 from ..core.errors import JobError, Problem
 from ..core.storage import Storage
@@ -42,10 +45,8 @@ def fill_all(storage: Storage, manifest: Manifest, shards: ShardedState) -> None
             found = f"shape {tuple(entry.shape)}" if entry else "nothing of that name"
             what = f"the checkpoint of step {manifest.step} holds {found} where the model has {name} {shard.shape}"
             raise JobError(Problem(what, "model", AFRESH))
-    saved = read(storage, manifest, {name: shard.bounds() for name, shard in shards.items()})
+    _copy(storage, manifest, {name: name for name in shards}, shards)
     with torch.no_grad():
-        for name, shard in shards.items():
-            shard.take(saved[name])
         for shard in fresh.values():
             shard.data.zero_()
 
@@ -79,14 +80,32 @@ def fill_weights(storage: Storage, manifest: Manifest, shards: ShardedState, *, 
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         what = f"the weights of step {manifest.step} do not fit the model: {'; '.join(wrong[:_SHOWN])}{more}"
         raise JobError(Problem(what, "--init-from", "the recipe and 'model' must be those that the weights are of"))
-    slices = {source: shards[name].bounds() for name, source in sources.items()}
-    for name, source in sources.items():
-        if slices[source] != shards[name].bounds():
-            raise ValueError(f"{name} is cut otherwise than {source}")
-    found = read(storage, manifest, slices)
+    _copy(storage, manifest, sources, shards)
     with torch.no_grad():
         for name, shard in shards.items():
-            if name in sources:
-                shard.take(found[sources[name]])
-            elif name.startswith("optimizer."):
+            if name.startswith("optimizer."):
                 shard.data.zero_()  # as they begin
+
+
+def _copy(storage: Storage, manifest: Manifest, sources: Mapping[str, str], shards: ShardedState) -> None:
+    """Fill the shards named in ``sources`` with their slices of the tensor that each name stands for there.
+
+    What is on the CPU is read straight into its memory. Tied weights are one memory with two names, which only one
+    tensor may be read into: the other comes after it.
+    """
+    targets, later = dict[str, list[Target]](), list[tuple[torch.Tensor, np.ndarray, str]]()
+    taken = set[int]()
+    for name, source in sources.items():
+        dtype = manifest.tensors[source].dtype
+        for box in shards[name].boxes():
+            same = code(box.data.dtype) == dtype and box.data.data_ptr() not in taken
+            array = bits(box.data) if same else None
+            if array is None:
+                array = np.empty(tuple(box.data.shape), pattern(manifest, source))
+                later.append((box.data, array, dtype))
+            taken.add(box.data.data_ptr())
+            targets.setdefault(source, []).append(Target(box.offset, array))
+    read_into(storage, manifest, targets)
+    with torch.no_grad():
+        for data, array, dtype in later:
+            data.copy_(from_array(array, dtype))
