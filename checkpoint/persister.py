@@ -290,7 +290,7 @@ def become(rank: socket.socket, agent: socket.socket | None) -> NoReturn:
     try:
         os.setsid()  # signals to the rank's group, or from the terminal, are not for this process
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN)  # whoever tells a whole node to end gives it the time to save
         _keep_only({0, 1, 2, rank.fileno(), *([] if agent is None else [agent.fileno()])})
         _set_process_name("dltrain-save")
         Persister(rank, None if agent is None else Channel(agent)).run()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..core import memory
 from ..core.errors import Problem
 from ..core.processes import Process
 from ..core.wire import Channel
@@ -65,6 +66,15 @@ class NodeAgent:
         self._selector = selectors.DefaultSelector()
         self._closing = False
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._terminated = self._notified = False
+        if threading.current_thread() is threading.main_thread():
+            self._before: Any = signal.signal(signal.SIGTERM, self._preempt)
+
+    def _preempt(self, signum: int, frame: Any) -> None:
+        """This node is to be taken away: give its ranks the notice, and stay until they have saved a checkpoint."""
+        if self._terminated or not self._ranks:
+            self._before(signum, frame)
+        self._terminated = True  # the thread that holds the lock may be this one, so the other one tells them
 
     def describe(self, interface: str | None) -> NodeInfo:
         """This machine.
@@ -284,6 +294,11 @@ class NodeAgent:
 
     def _round(self) -> None:
         with self._lock:
+            if self._terminated and not self._notified:
+                self._notified = True
+                for rank in self._ranks.values():
+                    if rank.process is not None and not rank.ended:
+                        rank.process.signal(signal.SIGTERM)  # not to its group: others there have to save
             events = [] if self._closing else self._require_server().events()
             found: list[RankEvent] = []
             for event in events:
@@ -319,7 +334,8 @@ class NodeAgent:
         rank.ended = True
         recorded = rank.recorded_error()
         beat = rank.pulse.read()
-        why = {"what": event.what, "error_file": recorded, "step": beat.step, "phase": beat.phase}
+        kills = tuple(now - then for now, then in zip(memory.kills(), rank.oom_kills, strict=True))
+        why = {"what": event.what, "error_file": recorded, "step": beat.step, "phase": beat.phase, "oom_kills": kills}
         return [*self._read_messages(rank), self._event(rank, "exit", exit=event.exit, data=why)]
 
     def _read_messages(self, rank: HeldRank) -> list[RankEvent]:

@@ -17,6 +17,7 @@ from ..core.config import load_job
 from ..core.errors import JobError, Problem, RunFailed
 from ..core.formats import is_url
 from ..core.job import CheckpointSpec, Job, Resources, TrackingSpec
+from ..core.memory import remedies
 from ..core.recovery import RecoverySpec
 from ..tracking.wandb_mode import api_key_present, resolve_mode
 from .carry import RunResult, Work, carry_out
@@ -207,6 +208,7 @@ def _work(
         fresh=options.fresh,
         max_restarts=job.recovery.max_restarts,
         cpus_per_rank=job.resources.cpus_per_rank,
+        remedies=tuple(remedies(job)),
     )
     return Work(
         run=run,

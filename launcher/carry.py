@@ -177,7 +177,8 @@ def _raise_unless_finished(ending: Ending, work: Work, stop: StopRequests) -> No
             step = ending.said.get("saved")
             words = decision.reason or "stopped as asked"
             saved = f"; {work.again} goes on from step {step}" if step is not None else ""
-            raise Interrupted(f"{words}{saved}: {work.run.path}", signum=stop.signum or signal.SIGINT)
+            signum = stop.signum or decision.signum or signal.SIGINT
+            raise Interrupted(f"{words}{saved}: {work.run.path}", signum=signum)
         case _:
             return
 

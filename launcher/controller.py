@@ -76,20 +76,27 @@ class Controller:
         self._polls: dict[Any, int] = {}
         self._heard: dict[int, float] = {}
         self._intake = Intake(
-            run, metrics=metrics, goodput=goodput, view=view, logs=logs, speaks=program.kind == "worker"
+            run,
+            metrics=metrics,
+            goodput=goodput,
+            view=view,
+            logs=logs,
+            speaks=program.kind == "worker",
+            remedies=program.remedies,
         )
 
     def run(self) -> Ending:
         """Start generations until the policy says that it is over."""
         culprits: deque[RankFailure | None] = deque()
+        restarts = 0
         number = self._run.record.generations
         while True:
             self._run.update(generations=number + 1)
-            generation = self._start(number, restart=len(culprits))
+            generation = self._start(number, restart=restarts)
             history = History(self._recovery.max_restarts, tuple(culprits))
             decision = self._watch(generation, history)
             self._end(generation, decision)
-            if decision.action in ("fail", "restart"):
+            if decision.action in ("fail", "restart") or decision.signum:
                 self._write_report(generation, decision)
             number += 1
             self._run.update(step=self._metrics.last_step)
@@ -98,12 +105,15 @@ class Controller:
                     decision,
                     self._intake.last_words,
                     self._intake.reports.newest,
-                    len(culprits),
+                    restarts,
                     tuple(generation.refused),
                 )
-            culprits.append(decision.culprit)
+            restarts += 1
             self._goodput.restart()
-            again = f"starting all ranks again ({len(culprits)} of {history.max_restarts})"
+            again = "starting all ranks again"
+            if decision.counts:
+                culprits.append(decision.culprit)
+                again += f" ({len(culprits)} of {history.max_restarts})"
             self._view.note(f"{decision.reason}; {again}; report: {self._intake.reports.newest}")
 
     # ---- starting
@@ -178,6 +188,7 @@ class Controller:
             broken=self._cluster.broken(),
             complete=self._intake.last_words.get("status") == "finished",
             stop_asked=self._stop.count > 0,
+            preempted=generation.preempted,
             stall=generation.standstill.stall if generation.standstill else None,
         )
 
@@ -281,6 +292,8 @@ class Controller:
 
     def _write_report(self, generation: Generation, decision: Decision) -> None:
         action = "all ranks were started again" if decision.action == "restart" else "the run was ended"
+        if decision.signum and "saved" in self._intake.last_words:
+            action += f"; it goes on from step {self._intake.last_words['saved']}"
         standstill = generation.standstill
         logs = partial(self._intake.log_dir, generation)
         casualties = list(generation.casualties.values()) or blamed(standstill, logs)

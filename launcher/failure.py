@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.memory import in_words
 from .messages import Exit, NodeInfo
 from .policy import Decision, RankFailure
 from .stall import Standstill
@@ -22,12 +23,14 @@ class Casualty:
 
     Attributes:
         traceback: what it reported, if it could.
+        hints: lines about the error for people.
         details: what else is known, for programs; JSON-able.
     """
 
     failure: RankFailure
     traceback: str
     log_dir: Path
+    hints: Sequence[str] = ()
     details: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -40,6 +43,7 @@ def casualty_of(
     log_dir: Path,
     *,
     speaks: bool,
+    remedies: Sequence[str] = (),
 ) -> Casualty:
     """What ended a rank, from the best witness there is.
 
@@ -47,21 +51,21 @@ def casualty_of(
     torch.distributed.elastic's ``@record`` wrote; the exit code and the last line on standard error.
 
     Args:
-        traces: what the agent found: that ``error_file``, and ``step`` and ``phase`` of the last mark.
+        traces: what the agent found: that ``error_file``, ``step`` and ``phase`` of the last mark, and ``oom_kills``:
+            how many processes the kernel has killed for want of memory since the rank began, in its control group and
+            on the machine.
+        remedies: what would let ranks hold less memory.
         speaks: the program is ours, which tells of every end: without a word from it, it was gone abruptly.
     """
     if said is not None:
-        where = {"step": said["step"], "phase": said["phase"]}
-        kind = {"final": said["final"], "witness": said["witness"]}
-        failure = RankFailure(rank, node, said["at"], said["error"], said["what"], **where, **kind)
-        return Casualty(failure, said["traceback"], log_dir, said["details"])
+        kinds = {name: said[name] for name in ("step", "phase", "final", "witness")}
+        failure = RankFailure(rank, node, said["at"], said["error"], said["what"], **kinds, starved=bool(said["hints"]))
+        return Casualty(failure, said["traceback"], log_dir, said["hints"], said["details"])
     error_file: dict[str, Any] | None = traces["error_file"]
-    error, trace = f"exit code {exit_.code}", ""
+    error, trace, starved = f"exit code {exit_.code}", "", False
     if exit_.signal is not None:
         error = signal.Signals(exit_.signal).name
-        what = "killed by a signal"
-        if exit_.signal == signal.SIGKILL:
-            what += "; SIGKILL from outside often means out of memory"
+        what, starved = _killed(exit_, traces["oom_kills"])
     elif exit_.ok:
         error, what = "exit code 0 before the end", "it left without an error; nobody but dltrain may end a rank"
     elif error_file is not None:
@@ -70,7 +74,21 @@ def casualty_of(
         what = last_lines(log_dir / "stderr.log", 1)
     abrupt = exit_.signal is not None or speaks
     step, phase = (traces["step"], traces["phase"]) if speaks else (-1, "")
-    return Casualty(RankFailure(rank, node, exit_.at, error, what, step, phase, abrupt=abrupt), trace, log_dir)
+    failure = RankFailure(rank, node, exit_.at, error, what, step, phase, abrupt=abrupt, starved=starved)
+    hints = [f"it held at most: {in_words(exit_.max_rss)}", *(f"would help: {remedy}" for remedy in remedies)]
+    return Casualty(failure, trace, log_dir, hints if starved else ())
+
+
+def _killed(exit_: Exit, oom_kills: tuple[int, int]) -> tuple[str, bool]:
+    """What a signal says, and whether memory had run out."""
+    if exit_.signal != signal.SIGKILL:
+        return "killed by a signal", False
+    of_group, of_machine = oom_kills
+    if of_group:
+        return "killed by the kernel, since its control group ran out of memory", True
+    if of_machine:
+        return "probably killed by the kernel: the machine ran out of memory, and it killed a process for that", True
+    return "killed by somebody, not by the kernel for want of memory, as far as that counts such kills here", False
 
 
 def _recorded(error_file: dict[str, Any]) -> tuple[str, str]:
@@ -133,7 +151,7 @@ class Report:
         Args:
             evidence: left out where the terminal has shown the ranks' output already.
         """
-        lines = [f"The run failed: {self.decision.reason}."]
+        lines = [f"{self._headline()}: {self.decision.reason}."]
         ordered = list(self.casualties)
         if self.decision.culprit is None:
             for node, what in sorted(self.lost.items()):
@@ -146,15 +164,29 @@ class Report:
         lines += ["", f"Done about it: {self.action}", *self._cost()]
         return "\n".join(line.rstrip() for line in lines) + "\n"
 
+    def _headline(self) -> str:
+        if not self.decision.counts or self.decision.signum:
+            return "Preempted"
+        if self.decision.action == "fail":
+            return "The run failed"
+        return "A failure" if self.cost is None else "A failure, recovered from"
+
     def json(self) -> str:
         """The same for programs."""
         ranks = [
-            {**asdict(c.failure), "traceback": c.traceback, "log_dir": str(c.log_dir), **c.details}
+            {
+                **asdict(c.failure),
+                "traceback": c.traceback,
+                "log_dir": str(c.log_dir),
+                "hints": list(c.hints),
+                **c.details,
+            }
             for c in self.casualties
         ]
         report = {
             "generation": self.generation,
             "reason": self.decision.reason,
+            "preempted": not self.decision.counts or bool(self.decision.signum),
             "action": self.action,
             "lost_nodes": dict(self.lost),
             "ranks": ranks,
@@ -189,6 +221,7 @@ class Report:
             step = f"step {failure.step}" if failure.step >= 0 else "before the first step"
             lines.append(f"  phase: {failure.phase}, {step}")
         lines.append(f"  error: {failure.error}{': ' + failure.what if failure.what else ''}")
+        lines += [f"  {hint}" for hint in first.hints]
         lines.append(f"  log:   {first.log_dir}")
         if evidence:
             text = first.traceback.rstrip() or last_lines(first.log_dir / "stderr.log", _TAIL_LINES)

@@ -31,6 +31,8 @@ class Generation:
     closed: set[int] = field(default_factory=set[int])
     said: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
     casualties: dict[int, Casualty] = field(default_factory=dict[int, Casualty])
+    preempted: dict[int, str] = field(default_factory=dict[int, str])
+    """Ranks that somebody else wants to end, with the signal that told them."""
     refused: list[Problem] = field(default_factory=list[Problem])
     lost: dict[int, str] = field(default_factory=dict[int, str])
     standstill: Standstill | None = None
@@ -58,6 +60,8 @@ class Program:
     fresh: bool = False
     max_restarts: int = 0
     cpus_per_rank: int | None = None
+    remedies: tuple[str, ...] = ()
+    """What would let ranks hold less memory."""
 
 
 def plan_generation(

@@ -7,10 +7,11 @@ import json
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..core.memory import kills
 from ..core.processes import Process
 from ..core.pulse import Pulse
 from ..core.wire import Channel
@@ -46,6 +47,7 @@ class HeldRank:
         news: from its persister, which may outlive it; None where it has none.
         sheet: where it leaves its Python stacks.
         process: once it is forked.
+        oom_kills: how many processes the kernel had killed for want of memory when it began.
         ended: it has exited.
     """
 
@@ -57,6 +59,7 @@ class HeldRank:
     pulse: Pulse
     sheet: Sheet
     tails: list[Tail]
+    oom_kills: tuple[int, int] = field(default_factory=kills)
     process: Process | None = None
     ended: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64decode
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Intake:
 
     Args:
         speaks: ranks say when they are done and why they fail; a script's do not.
+        remedies: what would let ranks hold less memory.
 
     Attributes:
         watched: how the ranks of the generation get on.
@@ -34,9 +36,17 @@ class Intake:
     """
 
     def __init__(
-        self, run: RunDir, *, metrics: Metrics, goodput: Goodput, view: View, logs: Path, speaks: bool
+        self,
+        run: RunDir,
+        *,
+        metrics: Metrics,
+        goodput: Goodput,
+        view: View,
+        logs: Path,
+        speaks: bool,
+        remedies: Sequence[str] = (),
     ) -> None:
-        self._run, self._logs, self._speaks = run, logs, speaks
+        self._run, self._logs, self._speaks, self._remedies = run, logs, speaks, remedies
         self._metrics, self._goodput, self._view = metrics, goodput, view
         self.reports = FailureReports(run, view)
         self.last_words: dict[str, Any] = {}
@@ -94,6 +104,10 @@ class Intake:
                 self.last_words.update(message)
             case "done":
                 generation.done.add(rank)
+            case "preempted":
+                generation.preempted[rank] = message["signal"]
+                text = f"rank {rank} was sent {message['signal']}: all ranks save a checkpoint and end"
+                self._view.note(text)
             case "refused":
                 generation.refused += [Problem(**problem) for problem in message["problems"]]
             case "failed":
@@ -117,7 +131,16 @@ class Intake:
         elif not generation.ending:
             said = generation.said.get(event.rank)
             log_dir = self.log_dir(generation, event.rank)
-            casualty = casualty_of(event.rank, node.node, event.exit, said, event.data, log_dir, speaks=self._speaks)
+            casualty = casualty_of(
+                event.rank,
+                node.node,
+                event.exit,
+                said,
+                event.data,
+                log_dir,
+                speaks=self._speaks,
+                remedies=self._remedies,
+            )
             if generation.refused:
                 refusal = RankFailure(
                     event.rank, node.node, event.exit.at, "JobError", str(generation.refused[0]), refused=True

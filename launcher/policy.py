@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,6 +23,7 @@ class RankFailure:
         witness: it only tells of what went wrong on another rank.
         abrupt: it was gone without a word, by a signal or by leaving early, so others may have failed because of it; or
             it was stopped from outside.
+        starved: it ran out of memory.
         final: trying again would end alike.
         refused: so would any try: the job itself is wrong.
     """
@@ -35,6 +37,7 @@ class RankFailure:
     phase: str = ""
     witness: bool = False
     abrupt: bool = False
+    starved: bool = False
     final: bool = False
     refused: bool = False
 
@@ -71,6 +74,7 @@ class Status:
         broken: what of the cluster itself has died, in a few words.
         complete: the program said that it has done all it was to do.
         stop_asked: the user asked for a stop.
+        preempted: ranks that somebody else sent a signal to end, with its name.
         stall: what keeps all ranks from going on, though none has failed.
     """
 
@@ -81,6 +85,7 @@ class Status:
     broken: str = ""
     complete: bool = False
     stop_asked: bool = False
+    preempted: Mapping[int, str] = field(default_factory=dict[int, str])
     stall: Stall | None = None
 
 
@@ -94,14 +99,26 @@ class History:
 
 @dataclass(frozen=True)
 class Decision:
+    """What to do, and why.
+
+    Attributes:
+        culprit: the first failure.
+        counts: whether a restart is one of those that are allowed.
+        signum: what ended a run that is stopped, if that was a signal to its ranks.
+    """
+
     action: Action
     reason: str = ""
     culprit: RankFailure | None = None
+    counts: bool = True
+    signum: int = 0
 
 
 def decide(status: Status, history: History) -> Decision:
     """The next move. Only ``wait`` leaves the generation alone; every other action ends it."""
     if status.ended == status.world:
+        if status.preempted and not status.complete and not status.stop_asked:
+            return _preempted(status, history)
         return Decision("stopped" if status.stop_asked and not status.complete else "finish")
     if status.broken:
         return Decision("stopped" if status.stop_asked else "fail", status.broken)
@@ -118,6 +135,8 @@ def decide(status: Status, history: History) -> Decision:
     reason = _reason(status, culprit) if stall is None else _stalled(stall, culprit)
     if status.stop_asked:
         return Decision("stopped", f"{reason}, while stopping", culprit)
+    if culprit is not None and culprit.rank in status.preempted and not status.lost_nodes:
+        return _preempted(status, history, culprit)
     if len(history.culprits) >= history.max_restarts:
         return Decision("fail", reason, culprit)
     if culprit is not None and culprit.final:
@@ -127,6 +146,18 @@ def decide(status: Status, history: History) -> Decision:
     if status.lost_nodes:
         return Decision("fail", f"{reason}; a lost node cannot be replaced yet", culprit)
     return Decision("restart", reason, culprit)
+
+
+def _preempted(status: Status, history: History, culprit: RankFailure | None = None) -> Decision:
+    """Ranks were told to end by somebody else: that is no failure, and where restarts are allowed it costs none."""
+    rank, name = min(status.preempted.items())
+    others = f" (and {len(status.preempted) - 1} more)" if len(status.preempted) > 1 else ""
+    reason = f"rank {rank}{others} was sent {name}"
+    if culprit is not None:
+        reason += f", and rank {culprit.rank} was gone before a checkpoint was saved ({culprit.error})"
+    if history.max_restarts:
+        return Decision("restart", reason, culprit, counts=False)
+    return Decision("stopped", reason, culprit, signum=signal.Signals[name])
 
 
 def _reason(status: Status, culprit: RankFailure | None) -> str:
@@ -154,7 +185,7 @@ def _same_bug(failure: RankFailure, earlier: RankFailure | None) -> bool:
     """The same exception, or standing still, at the same step is a bug in the program, not an accident."""
     return (
         earlier is not None
-        and not failure.abrupt
+        and (not failure.abrupt or failure.starved)
         and failure.step >= 0
         and (failure.error, failure.what, failure.step) == (earlier.error, earlier.what, earlier.step)
     )

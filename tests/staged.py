@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import dltrain
+import torch
 from dltrain.models.cnn import CnnRecipe
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ class Staged(CnnRecipe):
     raise_once_at: raise ValueError("staged"), the first time.
     exit_at: end the process with code 0.
     sleep_at: sleep for ever.
+    allocate_at: ask for four pebibytes.
     hang_in_evaluation: wait in evaluations as long as there is a file ``hang``.
     say: print this at the beginning.
     """
@@ -39,6 +41,7 @@ class Staged(CnnRecipe):
         raise_once_at: int = -1,
         exit_at: int = -1,
         sleep_at: int = -1,
+        allocate_at: int = -1,
         hang_in_evaluation: bool = False,
         say: str = "",
         **model: Any,
@@ -49,6 +52,7 @@ class Staged(CnnRecipe):
         self._waiting, self._raised = Path(f"waiting-{me}"), Path(f"raised-{me}")
         self._raise_at, self._raise_once_at, self._exit_at = raise_at, raise_once_at, exit_at
         self._hang_in_evaluation, self._sleep_at = hang_in_evaluation, sleep_at
+        self._allocate_at = allocate_at
         if say:
             print(say)
 
@@ -66,6 +70,8 @@ class Staged(CnnRecipe):
             raise ValueError("staged")
         if step == self._exit_at:
             os._exit(0)
+        if step == self._allocate_at:
+            torch.empty(1 << 50)
         while step == self._sleep_at:
             time.sleep(0.1)
 

@@ -12,6 +12,10 @@ KILLED = RankFailure(rank=2, node=1, at=11.0, error="SIGKILL", abrupt=True)
 REFUSED = RankFailure(rank=0, node=0, at=9.0, error="JobError", what="train longer", refused=True)
 STUCK = RankFailure(rank=3, node=1, at=8.0, error="stall", what="no progress in data", step=7, phase="data")
 STOPPED = replace(STUCK, what="its process is stopped", abrupt=True)
+STARVED = replace(KILLED, step=7, what="killed by the kernel", starved=True)
+FINAL = replace(RAISED, final=True)
+GONE = replace(KILLED, rank=1)
+TOLD = {1: "SIGTERM"}
 STALL = Stall(12.0, "data, step 7", (STUCK,))
 LOST = {1: "its agent died"}
 
@@ -48,6 +52,16 @@ def history(restarts: int = 0, *culprits: RankFailure | None) -> History:
         (status(failures=(RAISED,)), history(5, replace(RAISED, step=8)), "restart", "ValueError", RAISED),
         (status(failures=(RAISED,)), history(5, replace(RAISED, what="yes")), "restart", "ValueError", RAISED),
         (status(failures=(KILLED,)), history(5, KILLED), "restart", "SIGKILL", KILLED),  # no step: an accident
+        (status(failures=(STARVED,)), history(5, STARVED), "fail", "another try would end alike", STARVED),
+        (status(failures=(FINAL,)), history(5), "fail", "rank 1 on node 0 failed with ValueError", FINAL),
+        # a node is taken away: no failure
+        (status(preempted=TOLD), history(2), "wait", "", None),
+        (status(ended=4, preempted=TOLD), history(2, RAISED), "restart", "rank 1 was sent SIGTERM", None),
+        (status(ended=4, preempted=TOLD), history(), "stopped", "rank 1 was sent SIGTERM", None),
+        (status(ended=4, preempted=TOLD, complete=True), history(), "finish", "", None),
+        (status(ended=4, preempted=TOLD, stop_asked=True), history(2), "stopped", "", None),
+        (status(preempted=TOLD, failures=(GONE,)), history(1, RAISED), "restart", "rank 1 was gone before", GONE),
+        (status(preempted=TOLD, failures=(KILLED,)), history(1, RAISED), "fail", "rank 2 on node 1 failed", KILLED),
         # cause and consequence
         (status(failures=(RAISED, KILLED)), history(), "fail", "rank 2 on node 1 failed with SIGKILL", KILLED),
         (status(failures=(replace(RAISED, at=12.0, rank=3), RAISED)), history(), "fail", "rank 1 on", RAISED),

@@ -24,6 +24,7 @@ class Reporter(ABC):
         self._rows: list[Row] = []
         self._last_row = 0
         self._stop = False
+        self._signal = ""
 
     def row(self, row: Row) -> None:
         self._rows.append(row)
@@ -34,9 +35,12 @@ class Reporter(ABC):
         if self._rows:
             self._rows[-1]["metrics"].update(metrics)
 
-    def request_stop(self) -> None:
-        """Ask for a stop at the next question to all ranks. Safe in a signal handler."""
-        self._stop = True
+    def preempt(self, signal: str) -> None:
+        """A signal of this name wants the rank to end: ask for a stop at the next question to all ranks.
+
+        Safe in a signal handler.
+        """
+        self._signal, self._stop = signal, True
 
     @property
     def stop_requested(self) -> bool:
@@ -73,6 +77,9 @@ class ChannelReporter(Reporter):
         self._channel = channel
 
     def sync(self) -> None:
+        if self._signal:
+            self.send("preempted", signal=self._signal)
+            self._signal = ""
         if self._rows:
             self._channel.send({"t": "rows", "rows": self._rows})
             self._rows = []

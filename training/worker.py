@@ -34,6 +34,7 @@ from .context import Context, adopt, context
 from .loop import Trainer
 from .persistence import Persister
 from .reporter import ChannelReporter, Reporter, StandaloneReporter
+from .scarcity import go_first, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,15 @@ def run_ranked(body: dict[str, Any], *, channel: Channel, pulse: Pulse, news: so
     ``news`` is the persister's socket to the agent.
     """
     persister = Persister(news)  # before this process has threads
+    go_first()  # and not the persister, which has what was trained
     ctx = adopt(channel=channel, pulse=pulse, run_dir=body["run_dir"])
     reporter = ChannelReporter(channel)
     sys.path.insert(0, str(Path.cwd()))
+    job: Job | None = None
     try:
+        job = Job.model_validate(body["job"])
         assignment = Assignment(
-            job=Job.model_validate(body["job"]),
+            job=job,
             run_dir=Path(body["run_dir"]),
             checkpoint_url=body["checkpoint_url"],
             restore_urls=tuple(body["restore_urls"]),
@@ -74,25 +78,27 @@ def run_ranked(body: dict[str, Any], *, channel: Channel, pulse: Pulse, news: so
         reporter.send("done")
     except JobError as error:
         if pulse.step >= 0:
-            return _fail(error, reporter, pulse)
+            return _fail(error, reporter, pulse, job, ctx)
         problems = [{"what": p.what, "where": p.where, "hint": p.hint} for p in error.problems]
         reporter.send("refused", problems=problems)
         return 2
     except BaseException as error:  # the rank's last word, whatever it was
-        return _fail(error, reporter, pulse)
+        return _fail(error, reporter, pulse, job, ctx)
     finally:
         reporter.close(10)
     return 0
 
 
-def _fail(error: BaseException, reporter: Reporter, pulse: Pulse) -> int:
+def _fail(error: BaseException, reporter: Reporter, pulse: Pulse, job: Job | None, ctx: Context) -> int:
     """Tell of the exception that is being handled, then print it; the exit code."""
     beat = pulse.read()
     text = traceback.format_exc()
+    scarce = out_of_memory(error, job, ctx.device) if job is not None else None
     reporter.send(
         "failed",
         error=type(error).__name__,
-        what=str(error),
+        what=str(error) if scarce is None else scarce.what,
+        hints=[] if scarce is None else scarce.hints,
         traceback=text,
         final=isinstance(error, NonFiniteLoss),
         witness=isinstance(error, NonFiniteLoss) and error.witness,
@@ -107,8 +113,8 @@ def _fail(error: BaseException, reporter: Reporter, pulse: Pulse) -> int:
 
 
 def _train(assignment: Assignment, ctx: Context, persister: Persister, reporter: Reporter, pulse: Pulse) -> None:
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda *_: reporter.request_stop())
+    for signum in (signal.SIGTERM, signal.SIGINT):  # the launcher sends none: they tell that the node is taken away
+        signal.signal(signum, lambda number, _: reporter.preempt(signal.Signals(number).name))
     pulse.mark("setup")
     device = _device(ctx)
     if ctx.world_size > 1:
