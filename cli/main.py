@@ -23,6 +23,7 @@ from .render import exit_code, render_error
 
 _JOB_HELP = "A job file (default ./dltrain.yaml, else the built-in job) and key.path=value overrides."
 
+_FAULTS_HELP = "What happens, to whom, when: 'kill:rank=1@step=50, stop:rank=0@120, driver@12.5s'."
 _RUN_HELP = "A run's folder, a job's name (its newest run), or name/number (default: the run launched last)."
 _Run = Annotated[str | None, typer.Argument(metavar="RUN", help=_RUN_HELP, show_default=False)]
 _Runs = Annotated[str, typer.Option("--run-dir", metavar="DIR", help="Parent of the run directories.")]
@@ -180,6 +181,32 @@ def prepare(
         end_token=end_token,
         force=force,
     )
+
+
+@app.command("chaos")
+def chaos(
+    target: Annotated[list[str] | None, typer.Argument(metavar="TARGET", help=_JOB_HELP, show_default=False)] = None,
+    faults: Annotated[
+        str | None,
+        typer.Option("--faults", metavar="LIST", help=_FAULTS_HELP, show_default=False),
+    ] = None,
+    random: Annotated[
+        int | None, typer.Option("--random", metavar="N", help="Play random schedules 1 to N.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Which random schedules.")] = 0,
+    schedule: Annotated[
+        int | None,
+        typer.Option("--schedule", metavar="K", help="Play random schedule K alone.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, at the end.")] = False,
+) -> None:
+    """Play faults against a job on this machine, and compare each run with an undisturbed one to the bit.
+
+    Exit code: 0 all are identical, 1 one is not, 2 wrong request.
+    """
+    from .chaos import play
+
+    raise typer.Exit(play(target or [], faults=faults, random=random, seed=seed, schedule=schedule, as_json=as_json))
 
 
 @app.command("status")

@@ -29,7 +29,7 @@ from .errand import Outcome, send
 from .held_rank import HeldRank, fork_rank
 from .host import ChildEvent, ForkServer, HostError, server_name
 from .machine import interface_address, interface_of, numa_nodes, rank_environment, usable_cpus, visible_gpus
-from .messages import AgentReport, ChildSpec, NodeInfo, RankBeat, RankEvent, RankPlan
+from .messages import AgentReport, ChildSpec, NodeInfo, RankEvent, RankPlan
 from .precheck import check_job
 from .rundir import Record
 from .stacks import Look, look_at
@@ -196,8 +196,8 @@ class NodeAgent:
             events, news.events, news.text_size = news.events, [], 0
         now = time.monotonic()
         with self._lock:
-            beats = [(r.plan.rank, r.pulse.read()) for r in self._ranks.values() if not r.ended]
-        return AgentReport(events, [RankBeat(rank, b.step, b.phase, now - b.at) for rank, b in beats])
+            ranks = [rank for rank in self._ranks.values() if not rank.ended]
+            return AgentReport(events, [rank.beat(now) for rank in ranks])
 
     def tell(self, message: dict[str, Any]) -> None:
         """Send a message to every living rank."""

@@ -16,7 +16,7 @@ from ..core.processes import Process
 from ..core.pulse import Pulse
 from ..core.wire import Channel
 from .host import ForkServer
-from .messages import RankPlan, Stream
+from .messages import RankBeat, RankPlan, Stream
 from .stacks import Sheet
 
 _CHUNK = 1 << 16
@@ -66,6 +66,12 @@ class HeldRank:
     def over(self) -> bool:
         """Whether nothing more can come of it."""
         return self.ended and all(tail.drained() for tail in self.tails) and (self.news is None or self.news.closed)
+
+    def beat(self, now: float) -> RankBeat:
+        """Where it is, at ``now`` (``time.monotonic()`` seconds)."""
+        beat = self.pulse.read()
+        pid = self.process.pid if self.process is not None else 0
+        return RankBeat(self.plan.rank, beat.step, beat.phase, now - beat.at, pid)
 
     def recorded_error(self) -> dict[str, Any] | None:
         """What elastic's ``@record`` left, if anything."""

@@ -39,6 +39,7 @@ class Live(View):
             "nodes": [],
             "ranks_per_node": 0,
             "checkpoint": None,
+            "starts": [],
             "stop_grace": stop_grace,
         }
 
@@ -55,7 +56,8 @@ class Live(View):
 
     def setup(self, facts: Mapping[str, Any]) -> None:
         self._inner.setup(facts)
-        self._write(phase="", total_steps=facts["total_steps"], checkpoint=facts["start"] or None)
+        starts = [*self._facts["starts"], (self._run.record.generations - 1, facts["start"])]
+        self._write(phase="", total_steps=facts["total_steps"], checkpoint=facts["start"] or None, starts=starts)
 
     def row(self, row: RunRow) -> None:
         self._inner.row(row)
@@ -67,10 +69,11 @@ class Live(View):
 
     def beats(self, node: int, beats: Sequence[RankBeat]) -> None:
         self._inner.beats(node, beats)
-        self._beats[node] = beats
+        before, self._beats[node] = self._beats.get(node, ()), beats
         if any(beat.phase == "user" for beat in beats):  # a script: its ranks do not say when they are set up
             self._facts["phase"] = ""
-        if self._stop.count > self._seen_stops or time.monotonic() - self._written >= _INTERVAL:
+        turn = self._stop.count > self._seen_stops or [b.pid for b in beats] != [b.pid for b in before]
+        if turn or time.monotonic() - self._written >= _INTERVAL:
             self._write()
 
     def output(self, rank: int, stream: Stream, text: bytes) -> None:
@@ -86,7 +89,7 @@ class Live(View):
         self._written, self._seen_stops = time.monotonic(), self._stop.count
         now, generations = time.time(), self._run.record.generations
         ranks = [
-            {"rank": b.rank, "node": node, "step": b.step, "phase": b.phase, "seconds": round(b.age, 1)}
+            {"rank": b.rank, "node": node, "step": b.step, "phase": b.phase, "seconds": round(b.age, 1), "pid": b.pid}
             for node, beats in sorted(self._beats.items())
             for b in beats
         ]

@@ -127,12 +127,14 @@ class RankEvent:
 
 @dataclass(frozen=True)
 class RankBeat:
-    """Where a rank is: optimizer step (-1 before the first), phase, and seconds since it got there."""
+    """Where a rank is: optimizer step (-1 before the first), phase, and seconds since it got there; its process."""
 
     rank: int
     step: int
     phase: str
     age: float
+    pid: int = 0
+    """On its node; 0 while it is being forked."""
 
 
 @dataclass(frozen=True)

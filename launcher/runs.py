@@ -41,7 +41,8 @@ class RunStatus:
         checkpoint: step of the newest checkpoint that this launch has loaded or saved.
         generation: the number of the last start of the ranks.
         restarts: how often the last launch has started them again.
-        ranks: of a running run, each living rank's node, step, phase, and seconds there; of a dead one, the last known.
+        ranks: of a running run, each living rank's node, process, step, phase, and seconds there; of a dead one,
+            the last known.
         goodput: share of the last launch's wall time spent in optimizer steps.
         seconds: where the last launch's time went.
         stop_requests: how often it was asked to stop.

@@ -95,7 +95,7 @@ def test_commands_can_be_typed(line: str, folder: Path) -> None:
         run = RunDir.create(Path("runs"), "digits", Job().model_dump(mode="json"))
         run.update(state="finished")
         run.close()
-    if words[0] == "doctor":  # it wants a cluster: only its options are looked at
+    if words[0] in ("doctor", "chaos"):  # they want a cluster: only their options are looked at
         words.append("--help")
     if words[0] != "launch":
         done = subprocess.run([BIN / "dltrain", *words], capture_output=True, text=True, timeout=60, check=False)
@@ -108,7 +108,7 @@ def test_commands_can_be_typed(line: str, folder: Path) -> None:
 
 def test_there_are_commands() -> None:
     """A guard against a pattern that finds nothing."""
-    top = {"launch", "config", "data", "checkpoint", "status", "logs", "stop", "doctor"}
+    top = {"launch", "config", "data", "checkpoint", "status", "logs", "stop", "doctor", "chaos"}
     assert {line.split()[1] for line in commands()} == top
     assert len(list(commands())) > 15
 

@@ -181,7 +181,12 @@ def test_core_loads_neither_torch_nor_ray() -> None:
 def test_the_packages_are_the_folders() -> None:
     said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     with_code = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith(".")}
-    assert said == ["dltrain", *(f"dltrain.{name}" for name in sorted(FLOORS))]
+    rooms = [
+        f"{path.parent.parent.name}.{path.parent.name}"
+        for name in FLOORS
+        for path in ROOT.glob(f"{name}/*/__init__.py")
+    ]
+    assert said == ["dltrain", *(f"dltrain.{name}" for name in sorted([*FLOORS, *rooms]))]
     assert with_code - NOT_PACKAGES == set(FLOORS), "a folder with code is a floor of the house, or none of the package"
     assert all((ROOT / name / "__init__.py").is_file() for name in FLOORS)
     assert not (ROOT / "tests" / "__init__.py").exists()

@@ -1,0 +1,241 @@
+"""Runs of one job, the first undisturbed, the others with faults; each is compared with the first to the bit."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...core.checks import check_job
+from ...core.errors import DltrainError, JobError, RunFailed
+from ...core.job import Job
+from ..interrupt import StopRequests
+from ..rundir import newest_run
+from .faults import Fault, check_faults
+from .player import Performance, Player
+from .schedules import random_schedule
+from .stand import Stand
+from .verdict import Trace, differences
+from .watch import Watch
+
+_LEAST, _PER_FAULT, _TIMES_CLEAN = 120.0, 60.0, 5.0  # seconds, seconds, times: when a run is said to hang
+_FIRST = 24 * 3600.0  # how long the clean run may take, of which nothing is known yet
+_TAIL = 12  # lines of a failed launch that are told
+
+
+@dataclass(frozen=True)
+class Clean:
+    """The run that nothing happened to."""
+
+    world: int
+    steps: int
+    seconds: float
+    trace: Trace
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run with faults, and what is to be said of it.
+
+    Attributes:
+        number: of its schedule.
+        wrong: in what it differs from the clean run; nothing when it is identical and every fault has happened.
+        folder: what is left of it, where something was wrong.
+    """
+
+    number: int
+    faults: tuple[Fault, ...]
+    performance: Performance
+    wrong: tuple[str, ...]
+    folder: str = ""
+
+    @property
+    def identical(self) -> bool:
+        return not self.wrong
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``dltrain chaos --json`` prints of it."""
+        played = [
+            {"fault": str(one.fault), "steps_done": max(0, one.mark), "seconds_to_new_step": one.back}
+            for one in self.performance.played
+        ]
+        return {
+            "schedule": self.number,
+            "faults": ", ".join(map(str, self.faults)),
+            "identical": self.identical,
+            "wrong": list(self.wrong),
+            "played": played,
+            "starts": self.performance.starts,
+            "steps_again": self.performance.steps_again,
+            "seconds": self.performance.seconds,
+            "folder": self.folder,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which schedules are played: ``faults`` as number 1; or those numbered in ``numbers``, drawn from ``seed``."""
+
+    faults: tuple[Fault, ...] = ()
+    seed: int = 0
+    numbers: tuple[int, ...] = ()
+
+    def schedules(self, *, world: int, steps: int) -> dict[int, tuple[Fault, ...]]:
+        """The faults by number, for a run of so many ranks and steps."""
+        if self.faults:
+            return {1: self.faults}
+        return {number: random_schedule(self.seed, number, world=world, steps=steps) for number in self.numbers}
+
+
+@dataclass
+class Campaign:
+    """One job and the cluster that it is tried on. Use :func:`campaign`."""
+
+    job: Job
+    stand: Stand
+    folder: Path
+    stop: StopRequests
+    _kept: bool = field(default=False)
+
+    def clean(self) -> Clean:
+        """The run that nothing happens to.
+
+        Raises:
+            JobError: the job is wrong.
+            RunFailed: it fails by itself.
+        """
+        folder, done = self._launch("clean", (), limit=_FIRST)
+        if done.code:
+            error = JobError if done.code == 2 else RunFailed
+            raise error(f"the job fails without any fault: {_tail(folder / 'launch.log')}")
+        trace = Trace.read(self._run(folder))
+        shutil.rmtree(folder)
+        return Clean(self.stand.world, done.total_steps, done.seconds, trace)
+
+    def trial(self, number: int, faults: tuple[Fault, ...], clean: Clean) -> Trial:
+        """A run with ``faults``; what it leaves is removed if it is identical to the clean one."""
+        hangs = sum(self._stall() for fault in faults if fault.kind == "stop")
+        limit = _LEAST + _TIMES_CLEAN * clean.seconds + _PER_FAULT * len(faults) + 2 * hangs
+        folder, done = self._launch(f"schedule-{number}", faults, limit=limit)
+        wrong = tuple(self._wrong(folder, faults, done, clean, limit))
+        if wrong:
+            self._kept = True
+            return Trial(number, faults, done, wrong, str(folder))
+        shutil.rmtree(folder)
+        return Trial(number, faults, done, wrong)
+
+    def _stall(self) -> float:
+        stall = self.job.recovery.stall
+        return stall if isinstance(stall, float) else _LEAST
+
+    def _wrong(
+        self, folder: Path, faults: Sequence[Fault], done: Performance, clean: Clean, limit: float
+    ) -> Iterator[str]:
+        if done.late:
+            yield f"it had not ended after {limit:.0f} s"
+            return
+        if done.code:
+            yield f"the run failed (exit code {done.code}): {_tail(folder / 'launch.log')}"
+            return
+        played = [one.fault for one in done.played]
+        for fault in faults:
+            if fault not in played:
+                yield f"{fault} never happened: the run was over before"
+        try:
+            yield from differences(Trace.read(self._run(folder)), clean.trace)
+        except (OSError, IndexError, DltrainError) as error:
+            yield f"what it left cannot be read: {error}"
+
+    def _run(self, folder: Path) -> Path:
+        path = newest_run(folder / "runs", self.job.name)
+        assert path is not None, "the launch has ended well"
+        return path
+
+    def _launch(self, name: str, faults: Sequence[Fault], *, limit: float) -> tuple[Path, Performance]:
+        """Run the job in a folder of its own while ``faults`` happen to it; the folder, and what came of it."""
+        folder = self.folder / name
+        folder.mkdir()
+        file = folder / "job.json"  # JSON is YAML
+        file.write_text(json.dumps(self.job.model_dump(mode="json")), encoding="utf-8")
+        restarts = max(self.job.recovery.max_restarts, 2 * len(faults))  # a fault may take two generations with it
+        settings = {
+            "resources.placement": "pack",
+            "recovery.max_restarts": restarts,
+            "checkpoint.to": "null",
+            "tracking.wandb.mode": "disabled",
+            "tracking.tensorboard": "false",
+        }
+        command = [
+            *(sys.executable, "-P", "-m", "dltrain", "launch", str(file)),
+            *(f"{key}={value}" for key, value in settings.items()),
+            *("--run-dir", str(folder / "runs"), "--address", self.stand.address, "--quiet"),
+        ]
+        (folder / "command").write_text(shlex.join(command) + "\n", encoding="utf-8")
+        watch = Watch(folder / "runs", self.job.name)
+        interrupted = self.stop.leave_if_asked
+        player = Player(command, folder / "launch.log", watch, faults, limit=limit, interrupted=interrupted)
+        return folder, player.play()
+
+    def close(self) -> None:
+        """Remove the folder, unless something of it is worth a look."""
+        if not self._kept:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def campaign(job: Job) -> Generator[Campaign]:
+    """A cluster on this machine to try ``job`` on.
+
+    Raises:
+        JobError: the job is wrong.
+        ClusterError: Ray did not start.
+    """
+    with StopRequests() as stop, Stand(job, stop.leave_if_asked) as stand:
+        problems = check_job(job, world=stand.world)
+        if problems:
+            raise JobError(*problems)
+        trials = Campaign(job, stand, Path(tempfile.mkdtemp(prefix="dltrain-chaos-")), stop)
+        try:
+            yield trials
+        finally:
+            trials.close()
+
+
+def run_campaign(
+    job: Job, plan: Plan, *, on_clean: Callable[[Clean], None], on_trial: Callable[[Trial], None]
+) -> tuple[Clean, list[Trial]]:
+    """Run the job once undisturbed and once for each schedule of ``plan``; each is told of as it ends.
+
+    Raises:
+        JobError: the job is wrong, or a fault cannot happen to it.
+        RunFailed: the job fails by itself.
+        Interrupted: by a signal.
+    """
+    with campaign(job) as trials:
+        _refuse(plan.faults, world=trials.stand.world)
+        clean = trials.clean()
+        _refuse(plan.faults, world=clean.world, steps=clean.steps)
+        on_clean(clean)
+        done: list[Trial] = []
+        for number, faults in plan.schedules(world=clean.world, steps=clean.steps).items():
+            done.append(trials.trial(number, faults, clean))
+            on_trial(done[-1])
+        return clean, done
+
+
+def _refuse(faults: tuple[Fault, ...], *, world: int, steps: int | None = None) -> None:
+    problems = check_faults(faults, world=world, steps=steps)
+    if problems:
+        raise JobError(*problems)
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-_TAIL:])

@@ -1,0 +1,136 @@
+"""Faults as people write them: ``kill:rank=3@step=50, stop:rank=1@120, driver@12.5s``. Text to values and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ...core.errors import JobError, Problem, did_you_mean
+
+Unit = Literal["rank", ""]
+
+_ITEM = re.compile(r"(?P<kind>[^:@]*)(?::(?P<target>[^@]*))?(?:@(?P<when>.*))?")
+_SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?s")
+_EXAMPLE = "as kill:rank=3@step=50, or driver@12.5s"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of fault: what one of it hits, what happens to that, and whether training is interrupted by it."""
+
+    unit: Unit
+    does: str
+    interrupts: bool = True
+
+
+#: Every kind, by the word for it.
+KINDS: Mapping[str, Kind] = {
+    "kill": Kind("rank", "the rank gets SIGKILL, as from the kernel when memory runs out"),
+    "segv": Kind("rank", "the rank gets SIGSEGV, as after a bug in native code"),
+    "stop": Kind("rank", "the rank gets SIGSTOP: it hangs, and stays"),
+    "persister": Kind("rank", "the process that writes the rank's checkpoints gets SIGKILL", interrupts=False),
+    "driver": Kind("", "the launcher gets SIGKILL, and the same command is started again"),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong.
+
+    Attributes:
+        kind: a word of :data:`KINDS`.
+        target: number of the rank; -1 where the kind takes none.
+        step: it happens once the target (any rank, if there is none) has been seen with so many steps done.
+        seconds: or so long after the first rank came to its first step; one of the two is None.
+    """
+
+    kind: str
+    target: int = -1
+    step: int | None = None
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        unit = KINDS[self.kind].unit
+        whom = f":{unit}={self.target}" if unit else ""
+        return f"{self.kind}{whom}@" + (f"step={self.step}" if self.step is not None else f"{self.seconds:g}s")
+
+
+def parse_faults(text: str) -> tuple[Fault, ...]:
+    """The faults of a list with commas.
+
+    Raises:
+        JobError: with every problem of the text.
+    """
+    problems: list[Problem] = []
+    faults: list[Fault] = []
+    for item in (part.strip() for part in text.split(",")):
+        try:
+            if item:
+                faults.append(_parse(item))
+        except _Wrong as wrong:
+            problems.append(Problem(wrong.what, f"--faults, '{item}'", wrong.hint))
+    if not faults and not problems:
+        problems.append(Problem("there is no fault in it", "--faults", _EXAMPLE))
+    if problems:
+        raise JobError(*problems)
+    return tuple(faults)
+
+
+def check_faults(faults: tuple[Fault, ...], *, world: int, steps: int | None = None) -> list[Problem]:
+    """What of ``faults`` cannot happen to a run of ``world`` ranks, and of ``steps`` steps where that is known."""
+    problems: list[Problem] = []
+    for fault in faults:
+        where = f"--faults, '{fault}'"
+        if fault.target >= world:
+            problems.append(Problem(f"there is no rank {fault.target}", where, f"ranks are 0 to {world - 1}"))
+        if steps is not None and fault.step is not None and fault.step >= steps:
+            problems.append(Problem(f"the run has {steps} steps", where, f"a step before {steps}"))
+    return problems
+
+
+class _Wrong(Exception):
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.what, self.hint = what, hint
+
+
+def _parse(item: str) -> Fault:
+    match = _ITEM.fullmatch(item)
+    assert match is not None, "the pattern takes any text"
+    word = match["kind"].strip()
+    if word not in KINDS:
+        raise _Wrong(f"no fault is called '{word}'", did_you_mean(word, KINDS))
+    target = _target(word, KINDS[word].unit, match["target"])
+    if match["when"] is None:
+        raise _Wrong("it does not say when", "add @step=50, or @12.5s")
+    step, seconds = _when(match["when"].strip())
+    return Fault(word, target, step, seconds)
+
+
+def _target(kind: str, unit: Unit, text: str | None) -> int:
+    if not unit:
+        if text is not None:
+            raise _Wrong(f"'{kind}' takes no '{text.strip()}'", f"write {kind}@…")
+        return -1
+    if text is None:
+        raise _Wrong(f"it does not say which {unit}", f"write {kind}:{unit}=0@…")
+    name, equals, number = text.rpartition("=")
+    if equals and name.strip() != unit:
+        raise _Wrong(f"'{kind}' happens to a {unit}, not a '{name.strip()}'", f"write {kind}:{unit}={number.strip()}@…")
+    if not number.strip().isdecimal():
+        raise _Wrong(f"'{number.strip()}' is no number of a {unit}", f"write {kind}:{unit}=0@…")
+    return int(number)
+
+
+def _when(text: str) -> tuple[int | None, float | None]:
+    name, equals, value = (part.strip() for part in text.rpartition("="))
+    hint = "write @step=50, or @12.5s"
+    if equals and name != "step":
+        raise _Wrong(f"'{name}' is no measure of time", hint)
+    if value.isdecimal():
+        return int(value), None
+    if not equals and _SECONDS.fullmatch(value):
+        return None, float(value[:-1])
+    raise _Wrong(f"'{value}' is no {'step' if equals else 'step or time'}", hint)
