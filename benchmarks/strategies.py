@@ -1,6 +1,6 @@
 """What each strategy costs: the time of a step against the same model written by hand, and memory per rank.
 
-    python benchmarks/strategies.py [time memory] [--strategies ddp fsdp tensor zero1 zero2 zero3]
+    python benchmarks/strategies.py [time memory] [--strategies ddp reproducible fsdp tensor zero1 zero2 zero3]
 
 Every cell is a launch of its own under torchrun: fresh processes on the CPU, of one thread each. Prints Markdown.
 
@@ -8,9 +8,9 @@ time: two ranks train the same Transformer (``strategy_steps.py``) with an engin
 or DeepSpeed alone (``strategy_twins.py``). Both are in the same two processes and take turns, a few steps each, so that
 what else the machine does hits both alike; that they train alike is checked at the end. A start has new processes,
 since a process keeps what luck it has with its memory's layout, and the two are built in turn in the other order. Shown
-are medians, and the quartiles of the ratios of neighbours in time. In the last line the hand-written ddp is measured
-against itself: how far its ratio is from 1 is how far the others can be trusted. The target is a median of at most
-1.02.
+are medians, and the quartiles of the ratios of neighbours in time. 'reproducible' is ddp with numerics: reproducible,
+against the hand-written ddp. In the last line that one is measured against itself: how far its ratio is from 1 is how
+far the others can be trusted. The target is a median of at most 1.02.
 
 memory: of a rank that trains 21 million parameters with AdamW (``strategy_memory.py``), above what it had before the
 model was built, between steps and at the peak within them; in copies of the model's float32 weights beside it.
@@ -34,6 +34,7 @@ HERE = Path(__file__).absolute().parent
 #: A strategy, and the ranks of a tensor group.
 STRATEGIES = {
     "ddp": ("ddp", 1),
+    "reproducible": ("reproducible", 1),
     "fsdp": ("fsdp", 1),
     "tensor": ("ddp", 2),
     "zero1": ("zero1", 1),
@@ -61,13 +62,13 @@ def torchrun(program: str, ranks: int, *arguments: object, **environ: str) -> An
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
 
 
-def times(names: Sequence[str], *, starts: int, quads: int, block: int) -> None:
+def times(names: Sequence[str], preset: str, *, starts: int, quads: int, block: int) -> None:
     print("| 2 ranks | by hand | dltrain | ratio | quartiles | ratio of processor time |\n|---|---|---|---|---|---|")
     rows = [(name, *STRATEGIES[name], False) for name in names]
     for name, strategy, tensor, control in [*rows, ("ddp by hand, twice", "ddp", 1, True)]:
         found: list[list[float]] = []
         for start in range(starts):
-            found += torchrun("strategy_steps.py", 2, strategy, tensor, quads, block, start % 2, int(control))
+            found += torchrun("strategy_steps.py", 2, strategy, preset, tensor, quads, block, start % 2, int(control))
         mine, theirs, mine_busy, theirs_busy = zip(*found, strict=True)
         cells = [f"{1e3 * statistics.median(seconds):.1f} ms" for seconds in (theirs, mine)]
         low, ratio, high = statistics.quantiles(map(truediv, mine, theirs), n=4)
@@ -96,6 +97,7 @@ def main() -> None:
         "what", nargs="*", default=["time", "memory"], choices=["time", "memory"], metavar="time|memory"
     )
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
+    parser.add_argument("--preset", default="mini", help="time: size of the Transformer")
     parser.add_argument("--starts", type=int, default=4, help="time: how often the processes are started anew")
     parser.add_argument("--quads", type=int, default=12, help="time: ratios taken in each start")
     parser.add_argument(
@@ -104,7 +106,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="memory: numbers of ranks")
     args = parser.parse_args()
     if "time" in args.what:
-        times(args.strategies, starts=args.starts, quads=args.quads, block=args.block)
+        times(args.strategies, args.preset, starts=args.starts, quads=args.quads, block=args.block)
     if "memory" in args.what:
         memory(args.strategies, args.ranks)
 

@@ -62,9 +62,11 @@ def train(strategy: str, tensor: int) -> None:
     zero = strategy.startswith("zero")
     if zero:
         Path(f"native{rank}.json").write_text(json.dumps(NATIVE))
+    numerics, strategy = ("reproducible", "ddp") if strategy == "reproducible" else ("fast", strategy)
     parallel = {"strategy": strategy, "tensor": tensor, "deepspeed": f"native{rank}.json" if zero else None}
     data = world // tensor
-    job = Job.model_validate({"parallel": parallel, "train": {"global_batch": SAMPLES * data}})
+    batches = {"global_batch": SAMPLES * data, "microbatches": data}
+    job = Job.model_validate({"parallel": parallel, "numerics": numerics, "train": batches})
     if zero:
         import deepspeed  # noqa: F401  # its code is not what is measured
         from deepspeed.runtime.zero.muon import original_muon  # noqa: F401

@@ -31,7 +31,7 @@ LR, DECAY, BETAS, CLIP = 1e-3, 0.1, (0.9, 0.95), 1.0
 def twin(strategy: str, model: nn.Module, data: Data, *, steps: int) -> Step:
     """A step of ``model`` under ``strategy`` at a rate that falls along a cosine over ``steps``."""
     match strategy:
-        case "ddp":
+        case "ddp" | "reproducible":
             wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
             return _torch(wrapped, data, steps, partial(_reducing, wrapped), _clip)
         case "fsdp":

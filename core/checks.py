@@ -13,6 +13,7 @@ from .errors import JobError, Problem, did_you_mean
 from .formats import KNOWN, format_of, is_object, is_url, missing_package, no_such_source
 from .importing import find_object
 from .job import Job
+from .numerics import check_numerics
 from .parallel import microbatches_per_step
 from .zero import check_zero
 
@@ -36,7 +37,8 @@ def check_job(
     per_node = job.resources.nproc_per_node
     if world is None and isinstance(per_node, int):
         world = job.resources.nodes * per_node
-    problems = [*_evaluation(job), *_watching(job), *_optimizers(job), *_overflows(job), *check_zero(job, world)]
+    problems = [*_evaluation(job), *_watching(job), *_optimizers(job), *_overflows(job)]
+    problems += [*check_numerics(job), *check_zero(job, world)]
     if world is not None:
         problems += _batch(job, world)
     return [*check_references(job, place, recipes=recipes), *_placed(problems, place)]

@@ -214,8 +214,8 @@ class StepResult:
     """What one optimizer step gave on this rank.
 
     Attributes:
-        loss: by part, this rank's share of the step's mean loss (float32 scalar tensor); the ranks' shares add up.
-            Only the parts that this step trained.
+        loss: by part, this rank's share of the step's mean loss (float scalar tensor); the ranks' shares add up. Only
+            the parts that this step trained.
         grad_norm: by part, the global L2 norm before clipping; only where clipping is on and the step was not skipped.
         scaling: by part; only where losses are scaled.
         nonfinite: by part whose loss or gradients were not finite, so that the step did not change it, on any rank:

@@ -163,6 +163,11 @@ class Job(Spec):
     """The data set, its split and its loading."""
     parallel: Parallel = Field(default_factory=Parallel)
     """How the work is spread over ranks."""
+    numerics: Literal["fast", "reproducible"] = "fast"
+    """'fast': the same bits on the same number of ranks, with as many threads. 'reproducible': the same bits on every
+    number of ranks that divides train.microbatches, which must be a power of two: gradients, running averages and
+    losses are added up over the microbatches along one binary tree. For ddp; with one thread for each rank, and
+    deterministic operations only."""
     train: TrainSpec = Field(default_factory=TrainSpec)
     """Length, batch, optimizer, evaluation."""
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .tree import tree_sum
+
 #: One rank's JSON-able record of the steps since its last one. Keys: ``step`` (completed optimizer steps), ``loss``
 #: and ``norm`` (by part, of those trained in that step; the ranks' loss shares add up), ``loss_scale`` and
 #: ``skipped_steps`` (by part, where losses are scaled), ``alone`` (whether the recipe has one part only), ``samples``,
@@ -36,12 +38,12 @@ class RunRow:
 
 
 def reduce_rows(rows: list[Row]) -> RunRow:
-    """Reduce one step's rows, in rank order, to the run's row. Sums run in rank order: the same bits every time."""
+    """Reduce one step's rows, in rank order, to the run's row. Losses add up along a tree: the same bits every time."""
     first = rows[0]
     slowest = max(row["seconds"] for row in rows)
     metrics: dict[str, float] = {}
     for part in first["loss"]:
-        metrics[_name(first, part, "loss")] = sum(row["loss"][part] for row in rows)
+        metrics[_name(first, part, "loss")] = tree_sum([float(row["loss"][part]) for row in rows])
     for part, norm in first["norm"].items():
         metrics[_name(first, part, "grad_norm")] = norm
     for figure in ("loss_scale", "skipped_steps"):

@@ -23,6 +23,7 @@ from .passes import Mark, Passes, Precision, Reseed
 from .pipeline import Piped, Spot, schedule
 from .pipeline_engine import Held, Peers, PipelineEngine
 from .recompute import recompute
+from .reduce import Statistics, Tree
 from .shards import Weight
 from .spread import Alone, Spread
 from .stages import Stage, check_pipeline, divide, first_names, holders, keep
@@ -54,7 +55,7 @@ def build_engine(
         _check_float16(modules, device)
     passes = Passes(
         recipe,
-        parallel.axes(world)["data"],
+        1 if job.numerics == "reproducible" else parallel.axes(world)["data"],
         counts=parallel.counts(rank, world),
         precision=_precision(job, device),
         reseed=reseed,
@@ -93,14 +94,20 @@ def _torch(
             recompute(module, layout.units)
         if job.train.compile:
             _compile(module, layout.units if mesh is not None else ())
-        spread = _spread(job, module, layout.units, passes.ranks, mesh, device, dealer)
+        spread = _spread(job, module, layout.units, parallel.axes(world)["data"], mesh, device, dealer)
         weights = [Weight(parameter) for parameter in module.parameters() if parameter.requires_grad]
         spec = job.train.optimizer_of(name)
         optimizers = build_optimizers(module, spec, [weight.piece for weight in weights])
         parts[name] = Trained(spread, weights, optimizers, spec.every)
     ema = Ema(trainable(modules), job.train.ema) if job.train.ema is not None else None
     return TorchEngine(
-        passes, parts, world=world, clip_norm=job.train.clip_norm, ema=ema, scaled=job.train.precision == "fp16"
+        passes,
+        parts,
+        world=world,
+        clip_norm=job.train.clip_norm,
+        ema=ema,
+        scaled=job.train.precision == "fp16",
+        statistics=Statistics(modules.values(), ranks=world) if job.numerics == "reproducible" else None,
     )
 
 
@@ -219,8 +226,22 @@ def check_parts(job: Job, recipe: Recipe, modules: Mapping[str, nn.Module]) -> N
         if name not in modules:
             hint = did_you_mean(name, modules)
             raise JobError(Problem(f"{job.recipe} has no part '{name}'", "train.parts", hint))
+    if job.numerics == "reproducible":
+        _check_reproducible(modules)
     if job.parallel.cuts_weights or job.parallel.static_graph or job.train.recompute:
         _check_layouts(job, recipe, {name: (module, recipe.layout(name)) for name, module in modules.items()})
+
+
+def _check_reproducible(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse layers whose gradients or statistics the tree over microbatches does not cover."""
+    for part, module in modules.items():
+        for name, layer in module.named_modules():
+            if hasattr(layer, "process_group"):  # as torch's SyncBatchNorm has it
+                what = f"'{name}' of part '{part}' takes statistics over the microbatches of as many ranks as there are"
+                raise JobError(Problem(what, "numerics", "a norm over one microbatch would do"))
+            if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+                what = f"'{name}' of part '{part}' has sparse gradients, which have no place in the tree"
+                raise JobError(Problem(what, "numerics", "sparse=False would do"))
 
 
 def _check_layouts(job: Job, recipe: Recipe, parts: Mapping[str, tuple[nn.Module, Layout]]) -> None:
@@ -272,6 +293,8 @@ def _spread(
     dealer: Dealer | None = None,
 ) -> Spread:
     parallel = job.parallel
+    if job.numerics == "reproducible":
+        return Tree(module, ranks=data, bucket_mb=parallel.bucket_mb)
     if data == 1:
         return Alone(module)
     if mesh is None:

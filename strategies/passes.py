@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.contracts import Batch, DrawsSamples, Recipe
+from ..core.tree import tree_sum
 
 #: Called with the phase that begins: "forward", "backward", "optimizer".
 Mark = Callable[[str], None]
@@ -27,7 +28,7 @@ class Passes:
     is scaled by its weight, and by the number of ranks, since strategies average over them.
 
     Attributes:
-        ranks: data-parallel ranks that gradients are averaged over.
+        ranks: data-parallel ranks that gradients are averaged over; 1 where they are added up.
         counts: whether this rank's share of a loss counts: one rank's of each group that computes the same samples.
     """
 
@@ -68,11 +69,8 @@ class Passes:
 
 
 def sum_up(shares: Mapping[int, Tensor]) -> Tensor:
-    """The sum of a rank's microbatches' shares, in their order."""
-    first, *others = shares.values()
-    for share in others:
-        first = first + share
-    return first
+    """The sum of a rank's microbatches' shares (float64), along the tree that the ranks' sums are added up by."""
+    return tree_sum([share.double() for share in shares.values()])
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from ..core.contracts import Batch, Engine, Fill, Scaling, Shard, ShardedState, 
 from .ema import Ema
 from .finite import all_finite, beginning, not_finite
 from .passes import Passes, others_frozen, sum_up
+from .reduce import Statistics
 from .scaling import LossScale
 from .shards import Weight, clip_grad_norm, shard_of
 from .spread import Spread
@@ -42,6 +43,7 @@ class TorchEngine(Engine):
     Args:
         world: number of ranks.
         scaled: whether losses are scaled, as float16 needs.
+        statistics: of the parts' buffers, where they are combined over microbatches; else each rank has its own.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class TorchEngine(Engine):
         clip_norm: float | None,
         ema: Ema | None,
         scaled: bool = False,
+        statistics: Statistics | None = None,
     ) -> None:
         self.parts = tuple(parts)
         self._passes = passes
@@ -65,6 +68,7 @@ class TorchEngine(Engine):
         self._ema = ema
         self._scales = {name: LossScale(name) for name in parts} if scaled else {}
         self._apart = {name: any(weight.groups() for weight in part.weights) for name, part in parts.items()}
+        self._statistics = statistics
 
     def step(self, microbatches: Sequence[Batch], rate: float) -> StepResult:
         step = microbatches[0].step
@@ -123,10 +127,13 @@ class TorchEngine(Engine):
 
         shares: dict[int, Tensor] = {}
         for batch in microbatches:
-            with spread.reducing(batch is microbatches[-1]):
+            statistics = contextlib.nullcontext() if self._statistics is None else self._statistics.of_microbatch()
+            with spread.reducing(batch is microbatches[-1]), statistics:
                 shares[batch.index] = self._passes.run(name, self.parts.index(name), modules, batch, backward)
             for part in self._parts.values():
                 part.spread.rest()
+        if self._statistics is not None:
+            self._statistics.settle()
         return shares
 
     def _modules(self) -> dict[str, nn.Module]:

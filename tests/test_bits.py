@@ -1,4 +1,4 @@
-"""The same bits, whatever happened on the way: a run that goes on from a checkpoint, under every strategy."""
+"""The same bits, whatever happened on the way: going on from a checkpoint; any number of ranks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 from dltrain.checkpoint.reader import catalogue, open_manifest, read_arrays
 from dltrain.core.storage import Storage
+from launching import Sandbox
 from ranks import train_ranks
 from runs import RunFolder
+from stage import JOB, assert_same_run, put_recipe, run_of, stop_at
 
-STEPS, MIDDLE = 12, 6
+STEPS, MIDDLE, LATE = 12, 4, 8
 COMMON = (
     *("seed=3", f"train.steps={STEPS}", "train.global_batch=40", "train.microbatches=8", "train.optimizer.lr=0.003"),
     *("train.optimizer.weight_decay=0.1", "train.schedule.warmup_steps=4", "train.clip_norm=1.0", "train.ema=0.9"),
-    *("train.evaluate_every=5", f"checkpoint.every={MIDDLE}"),
+    *("train.evaluate_every=5", f"checkpoint.every={MIDDLE}", "checkpoint.keep=4"),
 )
 CNN = ("model.widths=[6, 10]", "model.hidden=24", "model.dropout=0.2", "model.norm=batch")
 TRANSFORMER = (
@@ -33,11 +35,15 @@ def hashes(run: RunFolder) -> dict[str, str]:
     return {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in tensors.items()}
 
 
-def runs_on(folder: Path, job: tuple[str, ...], origin: RunFolder, *, ranks: int) -> RunFolder:
-    """Train ``job`` to its end in ``folder``, from the checkpoint in the middle of ``origin``."""
+def begins(folder: Path, job: tuple[str, ...], *, ranks: int) -> RunFolder:
     folder.mkdir()
-    middle = Path(f"checkpoints/step-{MIDDLE:08}")
-    shutil.copytree(origin.path / middle, folder / "runs/digits/torchrun" / middle)
+    return train_ranks(folder, ranks, *COMMON, *job)
+
+
+def goes_on(folder: Path, job: tuple[str, ...], origin: RunFolder, *, ranks: int, step: int = MIDDLE) -> RunFolder:
+    """Train ``job`` to its end in ``folder``, from a checkpoint of ``origin``."""
+    checkpoint = Path(f"checkpoints/step-{step:08}")
+    shutil.copytree(origin.path / checkpoint, folder / "runs/digits/torchrun" / checkpoint)
     return train_ranks(folder, ranks, *COMMON, *job)
 
 
@@ -60,9 +66,66 @@ def test_a_run_that_goes_on_from_a_checkpoint_computes_the_same_bits(
     tmp_path: Path, job: tuple[str, ...], strategy: str
 ) -> None:
     job = (*job, f"parallel.{strategy}")
-    (tmp_path / "whole").mkdir()
-    whole = train_ranks(tmp_path / "whole", 4, *COMMON, *job)
-    again = runs_on(tmp_path / "again", job, whole, ranks=4)
+    whole = begins(tmp_path / "whole", job, ranks=4)
+    again = goes_on(tmp_path / "again", job, whole, ranks=4)
     assert again.steps() == list(range(MIDDLE + 1, STEPS + 1))
     assert again.numbers() == whole.numbers()[MIDDLE:]
     assert hashes(again) == hashes(whole)
+
+
+# ---- numerics: reproducible
+
+REPRODUCIBLE = "numerics=reproducible"
+
+
+def test_ranks_that_become_fewer_and_more_compute_the_bits_of_one(tmp_path: Path) -> None:
+    job = (*CNN, REPRODUCIBLE)
+    one = begins(tmp_path / "one", job, ranks=1)
+    four = begins(tmp_path / "four", (*job, "parallel.bucket_mb=0.002"), ranks=4)
+    assert four.numbers() == one.numbers()
+    assert hashes(four) == hashes(one)
+    two = goes_on(tmp_path / "two", job, four, ranks=2)
+    again = goes_on(tmp_path / "again", job, two, ranks=4, step=LATE)
+    for run, step in ((two, MIDDLE), (again, LATE)):
+        assert run.steps() == list(range(step + 1, STEPS + 1))
+        assert run.numbers() == one.numbers()[step:]
+        assert hashes(run) == hashes(one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "job",
+    [
+        (*TRANSFORMER, "train.recompute=true", "train.precision=bf16"),
+        (*GAN, "train.precision=fp16"),
+        (*CNN, "train.microbatches=32", "train.optimizer.name=muon"),
+        ("recipe=rnn", "model.cell=gru", "model.hidden=16", "train.global_batch=19"),  # pieces of unlike sizes
+    ],
+    ids=["transformer", "gan", "cnn", "rnn"],
+)
+def test_any_number_of_ranks_computes_the_same_bits(tmp_path: Path, job: tuple[str, ...]) -> None:
+    one, *others = (begins(tmp_path / str(ranks), (*job, REPRODUCIBLE), ranks=ranks) for ranks in (1, 2, 4, 8))
+    for run in others:
+        assert run.numbers() == one.numbers()
+        assert hashes(run) == hashes(one)
+
+
+@pytest.mark.slow
+def test_a_launch_that_is_stopped_and_continued_on_other_numbers_of_ranks_computes_the_bits_of_one(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
+    job = (*JOB, REPRODUCIBLE)
+    (tmp_path / "one").mkdir()
+    box = Sandbox(tmp_path / "one")
+    try:
+        put_recipe(box)
+        assert box.run("launch", *job).returncode == 0
+        one = run_of(box)
+        put_recipe(sandbox)
+        stop_at(sandbox, 10, "launch", "--nodes", "2", "--nproc-per-node", "2", *job, ranks=4)
+        stop_at(sandbox, 40, "launch", *job, ranks=1)
+        done = sandbox.run("launch", "--nodes", "2", *job)
+        assert done.returncode == 0, done.stderr
+        assert_same_run(run_of(sandbox), one)
+    finally:
+        box.close()

@@ -32,6 +32,7 @@ from ..core.storage import Storage
 from ..core.wire import Channel
 from .context import Context, adopt, context
 from .loop import Trainer
+from .numerics import make_reproducible
 from .persistence import Persister
 from .reporter import ChannelReporter, Reporter, StandaloneReporter
 from .scarcity import go_first, out_of_memory
@@ -116,6 +117,8 @@ def _train(assignment: Assignment, ctx: Context, persister: Persister, reporter:
     for signum in (signal.SIGTERM, signal.SIGINT):  # the launcher sends none: they tell that the node is taken away
         signal.signal(signum, lambda number, _: reporter.preempt(signal.Signals(number).name))
     pulse.mark("setup")
+    if assignment.job.numerics == "reproducible":
+        make_reproducible()
     device = _device(ctx)
     if ctx.world_size > 1:
         # CPU collectives carry control messages beside NCCL's gradients
