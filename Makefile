@@ -5,7 +5,8 @@
 # make benchmark   what docs/benchmarks.md reports
 # make clean       remove what tools leave; the environment and the runs stay
 #
-# PYTHON=python3.12 chooses the interpreter, VENV=path the environment, ARGS="-k layers" goes to pytest.
+# PYTHON=python3.12 chooses the interpreter, VENV=path the environment, ARGS="-k layers" goes to pytest; JOBS=0 runs the
+# tests in one process, as ARGS=--pdb wants it.
 # What is installed is not installed again until pyproject.toml changes.
 
 VENV ?= .venv
@@ -13,6 +14,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Asked for first, by its bounds: so pip takes a CPU build where one lies at hand.
 TORCH := torch>=2.9,<2.14
+
+# Files of tests that run at the same time: most of them wait for processes more than they compute.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
@@ -24,10 +29,10 @@ train: $(VENV)/.installed
 	$(BIN)/dltrain launch --nodes 2
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -92,10 +92,11 @@ def _node(
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports above those that Ray gives its workers."""
+    """Ports above those that Ray gives its workers; each process of the tests begins to look elsewhere."""
+    begin = 20000 + 97 * os.getpid() % 10000
     with ExitStack() as stack:
         ports: list[int] = []
-        for port in range(20000, 32000):
+        for port in range(begin, 32000):
             sock = stack.enter_context(socket.socket())
             try:
                 sock.bind(("", port))
