@@ -18,7 +18,11 @@ class RecoverySpec(Spec):
     """Time that ranks get to end after the first Ctrl-C or SIGTERM before they are killed."""
     stall: Duration | Literal["auto", "never"] = "auto"
     """How long a rank may stay in one place of a step before that counts as a failure. 'auto' is ten times the slowest
-    step, and two minutes at least; 'never' lets ranks hang. Scripts are not watched: they do not say where they are."""
+    step, and two minutes at least, or ten seconds for a process that was stopped (SIGSTOP); 'never' lets ranks hang.
+    Scripts are not watched: they do not say where they are."""
+    stall_at_start: Duration = 1800.0
+    """The same before the third step of a start, and in its first evaluation and checkpoint, which may compile, load
+    and allocate. Collectives wait for half an hour at most by themselves."""
 
     @field_validator("stall", mode="before")
     @classmethod

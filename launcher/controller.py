@@ -141,7 +141,8 @@ class Controller:
         )
         starts = [agent.start.remote(number, plan) for agent, plan in zip(cluster.agents, plans, strict=True)]
         cluster.gather(starts, waiting_for="forking ranks")
-        watched = StallWatch(self._recovery.stall if self._program.kind == "worker" else "never")
+        limit = self._recovery.stall if self._program.kind == "worker" else "never"
+        watched = StallWatch(limit, self._recovery.stall_at_start)
         self._intake.begin(len(nodes) * self._nproc, watched)
         self._heard = dict.fromkeys(range(len(nodes)), time.monotonic())
         return Generation(number, len(nodes) * self._nproc, self._nproc)
@@ -193,16 +194,24 @@ class Controller:
         )
 
     def _look_for_stall(self, generation: Generation) -> None:
-        """Where no rank gets any further, find out who is to blame before anything is ended."""
-        held_up = stalled(self._intake.watched.places())
-        if not held_up or generation.standstill is not None or generation.casualties or generation.lost:
+        """Where no rank gets any further, say who is to blame, and find out before anything is ended."""
+        watched = self._intake.watched
+        if generation.standstill is not None or generation.casualties or generation.lost:
+            return
+        told = watched.held_up()
+        if not told and not stalled(watched.places()):
             return
         found: dict[int, dict[int, Look]] = self._ask(generation, "look", _LOOK, waiting_for="looking at its ranks")
         self._hear(generation)
-        places = self._intake.watched.places()
-        if stalled(places) and not generation.casualties:  # it has not gone on, or failed, meanwhile
-            looks = {rank: look for looks in found.values() for rank, look in looks.items()}
+        looks = {rank: look for looks in found.values() for rank, look in looks.items()}
+        watched.learn(looks)
+        places = watched.places()
+        if generation.casualties:  # it has failed meanwhile
+            return
+        if stalled(places):  # it has not gone on either
             generation.standstill = tell_stall(places, looks, time.time())
+        elif still := [place for place in places if (place.rank, place.order) in [(at.rank, at.order) for at in told]]:
+            self._view.note("\n".join(tell_stall(places, looks, time.time(), hindmost=still).words()))
 
     def _ask_to_stop(self, generation: Generation) -> None:
         grace = self._recovery.stop_grace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,11 +14,16 @@ from .messages import RankBeat
 from .policy import RankFailure, Stall
 from .stacks import Look
 
+_NOTICE = 2.0
+_NOTICE_TIMES = 3.0
+_NOTICE_AT_START = 30.0
+_STOPPED = 10.0  # a process that somebody has stopped for longer does not go on by itself
 _FLOOR = 120.0  # a recompilation, a storage that tries again: what passes by itself is not to end a run
 _TIMES_STEP = 10.0
 _TIMES_LONGEST = 3.0
 _WARM = 2  # steps after which nothing is compiled or allocated for the first time
 _GLANCE = 1.0  # most that counts between two looks: when the observer itself was held up, ranks may have been too
+_FRAMES = 3  # of a stack that the terminal shows; a report has all
 
 _STEP = ("data", "forward", "backward", "optimizer")
 _BETWEEN = ("evaluate", "checkpoint")
@@ -26,7 +31,7 @@ _BETWEEN = ("evaluate", "checkpoint")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is, for how many seconds it has been seen there, and after how many that is a stall."""
+    """Where a rank is, for how many seconds it has been seen there, and after how many that is told, and a stall."""
 
     rank: int
     node: int
@@ -34,6 +39,7 @@ class Place:
     phase: str
     still: float
     limit: float
+    notice: float = math.inf
 
     @property
     def order(self) -> tuple[int, int]:
@@ -61,15 +67,20 @@ class StallWatch:
     """Watches the beats of one generation's ranks.
 
     Only time is counted in which the beats were looked at, so a machine that was suspended, or a controller that got no
-    core, makes no stall. Limits hold from the third step of a start on, since the first may compile. Evaluation and
-    checkpoints have one once a rank has come through the first: three times the longest, if that is more.
+    core, makes no stall. ``limit`` holds from the third step of a start on, since the first may compile. Evaluation and
+    checkpoints have it once a rank has come through the first: or three times the longest, if that is more. Before, it
+    is ``at_start``.
 
     Args:
         limit: seconds, "auto" or "never".
+        at_start: seconds.
     """
 
-    def __init__(self, limit: float | Literal["auto", "never"]) -> None:
+    def __init__(self, limit: float | Literal["auto", "never"], at_start: float = math.inf) -> None:
         self._limit: float | Literal["auto"] = math.inf if limit == "never" else limit
+        self._at_start = math.inf if limit == "never" else at_start
+        self._stopped: set[int] = set()
+        self._told: dict[int, tuple[Place, float]] = {}
         self._steps: deque[float] = deque(maxlen=200)
         self._ranks: dict[int, _Seen] = {}
 
@@ -91,6 +102,8 @@ class StallWatch:
             if moved and before.phase in _BETWEEN:
                 seen.longest[before.phase] = max(seen.longest.get(before.phase, 0.0), before.age)
                 seen.passed |= {before.phase} - {beat.phase}
+            if moved:
+                self._stopped.discard(beat.rank)
             seen.still = 0.0 if moved else seen.still + min(now - seen.at, _GLANCE)
             if seen.first_step < 0:
                 seen.first_step = beat.step
@@ -99,20 +112,60 @@ class StallWatch:
     def places(self) -> list[Place]:
         """Where the living ranks are."""
         return [
-            Place(rank, seen.node, seen.beat.step, seen.beat.phase, seen.still, self._limit_of(seen))
+            Place(
+                rank,
+                seen.node,
+                seen.beat.step,
+                seen.beat.phase,
+                seen.still,
+                self._limit_of(seen),
+                self._notice_of(seen),
+            )
             for rank, seen in sorted(self._ranks.items())
         ]
 
+    def held_up(self) -> list[Place]:
+        """The ranks that hold up the others for longer than steps take, where that was not told yet.
+
+        It is to be told again once they have stood still for twice as long.
+        """
+        hindmost = _behind(self.places(), lambda place: place.notice)
+        if not hindmost:
+            return []
+        first = hindmost[0]
+        told, still = self._told.get(first.rank, (None, 0.0))
+        if told is not None and told.order == first.order and still <= first.still < 2 * still:
+            return []
+        self._told = {first.rank: (first, first.still)}
+        return hindmost
+
+    def learn(self, looks: Mapping[int, Look]) -> None:
+        """Take in what the processes of ranks were seen to do."""
+        self._stopped = {rank for rank, look in looks.items() if look.stopped}
+
     def _limit_of(self, seen: _Seen) -> float:
-        if seen.first_step < 0 or seen.beat.step < seen.first_step + _WARM:
+        if seen.beat.phase == "user":
             return math.inf
+        warm = 0 <= seen.first_step <= seen.beat.step - _WARM
+        if not warm or seen.beat.phase not in (*_STEP, *seen.passed):
+            return self._at_start
         slow = _TIMES_STEP * max(self._steps, default=0.0)
-        limit = max(_FLOOR, slow) if self._limit == "auto" else self._limit
-        if seen.beat.phase in _STEP:
-            return limit
-        if seen.beat.phase in seen.passed:
-            return max(limit, _TIMES_LONGEST * seen.longest[seen.beat.phase])
-        return math.inf
+        if self._limit != "auto":
+            limit = self._limit
+        elif self._stopped:
+            return max(_STOPPED, self._notice_of(seen))
+        else:
+            limit = max(_FLOOR, slow)
+        return limit if seen.beat.phase in _STEP else max(limit, _TIMES_LONGEST * seen.longest[seen.beat.phase])
+
+    def _notice_of(self, seen: _Seen) -> float:
+        if seen.beat.phase == "user":
+            return math.inf
+        warm = 0 <= seen.first_step <= seen.beat.step - _WARM
+        if not warm or seen.beat.phase not in (*_STEP, *seen.passed):
+            return _NOTICE_AT_START
+        slow = sorted(self._steps)[math.ceil(0.99 * len(self._steps)) - 1] if self._steps else 0.0
+        return max(_NOTICE, _NOTICE_TIMES * max(slow, seen.longest.get(seen.beat.phase, 0.0)))
 
 
 def stalled(places: Iterable[Place]) -> list[Place]:
@@ -120,22 +173,45 @@ def stalled(places: Iterable[Place]) -> list[Place]:
 
     A rank that waits for another is ahead of it, or beside it. As long as one of the hindmost moves, there is progress.
     """
+    return _behind(places, lambda place: place.limit)
+
+
+def _behind(places: Iterable[Place], limit: Callable[[Place], float]) -> list[Place]:
     places = list(places)
     least = min((place.order for place in places), default=None)
     hindmost = [place for place in places if place.order == least]
-    return hindmost if all(place.still > place.limit for place in hindmost) else []
+    return hindmost if all(place.still > limit(place) for place in hindmost) else []
 
 
 @dataclass(frozen=True)
 class Standstill:
-    """A stall with its evidence: where all living ranks were, and what was seen of their processes."""
+    """A stall with its evidence: where all living ranks were, what was seen of their processes, and the hindmost."""
 
     stall: Stall
     places: Sequence[Place]
     looks: Mapping[int, Look]
+    held_up: Sequence[Place] = ()
+
+    def words(self) -> list[str]:
+        """Who holds up the others, for how long, and in which call; for the terminal, before anything is done."""
+        blamed = [failure.rank for failure in self.stall.culprits] or [place.rank for place in self.held_up]
+        lines: list[str] = []
+        for place in self.places:
+            if place.rank not in blamed:
+                continue
+            why = "; it waits for others" if not self.stall.culprits else ""
+            lines.append(
+                f"rank {place.rank} (node {place.node}) has made no progress for {place.still:.1f} s, in {place}{why}"
+            )
+            look = self.looks.get(place.rank)
+            frames = look.main.splitlines()[:_FRAMES] if look is not None and look.stacks else []
+            lines += frames or ([f"  {look.why_silent()}"] if look is not None else [])
+        return lines
 
 
-def tell_stall(places: Sequence[Place], looks: Mapping[int, Look], now: float) -> Standstill:
+def tell_stall(
+    places: Sequence[Place], looks: Mapping[int, Look], now: float, *, hindmost: Sequence[Place] | None = None
+) -> Standstill:
     """Who causes a stall, and who only waits.
 
     A stopped process does, for certain. Else it is those of the hindmost whose stack is in no collective. If all of
@@ -145,14 +221,17 @@ def tell_stall(places: Sequence[Place], looks: Mapping[int, Look], now: float) -
         places: of all living ranks.
         looks: at as many of them as could be looked at.
         now: Unix time in seconds.
+        hindmost: those furthest behind; by default, by the limits after which they are ended.
     """
-    hindmost = stalled(places)
+    hindmost = stalled(places) if hindmost is None else list(hindmost)
     stopped = [place for place in places if place.rank in looks and looks[place.rank].stopped]
     awake = [place for place in hindmost if place.rank in looks and looks[place.rank].stacks]
     busy = [place for place in awake if not looks[place.rank].waits]
     culprits = stopped or busy or (hindmost if len(hindmost) < len(places) or len(places) == 1 else [])
     failures = tuple(_failure(place, looks.get(place.rank), now) for place in culprits)
-    return Standstill(Stall(max(place.still for place in hindmost), str(hindmost[0]), failures), places, looks)
+    return Standstill(
+        Stall(max(place.still for place in hindmost), str(hindmost[0]), failures), places, looks, hindmost
+    )
 
 
 def _failure(place: Place, look: Look | None, now: float) -> RankFailure:

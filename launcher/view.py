@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _LINE_INTERVAL = 5.0
-_STUCK = 30.0  # seconds in one phase after which a rank is named
 _UNFINISHED = 0.5  # seconds after which an unfinished line of a script is shown as it is: a prompt, a progress bar
 
 
@@ -224,7 +223,6 @@ class PlainView(View):
         self._state = _State()
         self._lines = _Lines()
         self._shown = 0.0
-        self._warned: dict[int, float] = {}
 
     def phase(self, text: str) -> None:
         pass
@@ -242,14 +240,6 @@ class PlainView(View):
         if evaluated or time.monotonic() - self._shown >= _LINE_INTERVAL:
             self._shown = time.monotonic()
             self.note(self._state.line())
-
-    def beats(self, node: int, beats: Sequence[RankBeat]) -> None:
-        for beat in beats:
-            if beat.age < _STUCK:
-                self._warned.pop(beat.rank, None)
-            elif beat.age > 2 * self._warned.get(beat.rank, _STUCK / 2):  # again when it has taken twice as long
-                self._warned[beat.rank] = beat.age
-                self.note(f"rank {beat.rank} (node {node}) has been in {beat.phase} for {duration(beat.age)}")
 
     def output(self, rank: int, stream: Stream, text: bytes) -> None:
         for line in self._lines.take(rank, stream, text):

@@ -88,24 +88,75 @@ def beats(step: int, phase: str, age: float = 0.0) -> list[RankBeat]:
 
 
 def test_limits_hold_once_a_rank_is_warm_and_grow_with_its_steps() -> None:
-    tight, loose, never = StallWatch(4.0), StallWatch("auto"), StallWatch("never")
+    tight, loose, never = StallWatch(4.0, 60.0), StallWatch("auto", 60.0), StallWatch("never", 60.0)
     for watch in (tight, loose, never):
         watch.take(0, beats(30, "forward", 8.0), -1.0)  # of the generation before, still on its way
         watch.row(RunRow(1, 0.0, {"train/step_seconds": 15.0}, 1, 15.0, 0.0))
         watch.take(0, beats(-1, "setup", 500.0), 0.0)
         watch.take(0, beats(10, "forward"), 1.0)
         watch.take(0, beats(11, "forward"), 2.0)
-        assert limits(watch) == [float("inf")]
+        assert limits(watch) == [float("inf") if watch is never else 60.0]
         watch.take(0, beats(12, "data"), 3.0)
     assert (limits(tight), limits(loose), limits(never)) == ([4.0], [150.0], [float("inf")])
     for phase, age in (("evaluate", 0.0), ("evaluate", 7.0), ("evaluate", 1.0)):
         tight.take(0, beats(12, phase, age), 4.0)
-        assert limits(tight) == [float("inf")]  # the first evaluation
+        assert limits(tight) == [60.0]  # the first evaluation
     tight.take(0, beats(13, "data"), 5.0)
     tight.take(0, beats(13, "evaluate"), 6.0)
     assert limits(tight) == [3 * 7.0]
     tight.take(0, [], 7.0)
     assert tight.places() == []  # it has ended
+
+
+def standing(watch: StallWatch, phase: str, seconds: int) -> None:
+    """Rank 0 goes through three steps, and stands still in ``phase`` of the last one."""
+    for step in range(3):
+        watch.take(0, beats(step, phase), float(step))
+    for second in range(1, seconds + 1):
+        watch.take(0, beats(2, phase, float(second)), 2.0 + second)
+
+
+def test_a_rank_that_stands_still_is_told_of_soon_and_again_when_it_lasts() -> None:
+    watch = StallWatch("auto", 60.0)
+    for _ in range(99):
+        watch.row(RunRow(1, 0.0, {"train/step_seconds": 0.5}, 1, 0.5, 0.0))
+    watch.row(RunRow(1, 0.0, {"train/step_seconds": 9.0}, 1, 9.0, 0.0))  # the slowest in a hundred counts for nothing
+    standing(watch, "forward", 2)
+    assert watch.held_up() == []
+    watch.take(0, beats(2, "forward", 3.0), 5.0)
+    assert [place.still for place in watch.held_up()] == [3.0]
+    assert watch.held_up() == []
+    for second in range(6, 9):
+        watch.take(0, beats(2, "forward", second - 2.0), float(second))
+    assert [place.still for place in watch.held_up()] == [6.0]
+    slow = StallWatch("auto", 60.0)
+    slow.row(RunRow(1, 0.0, {"train/step_seconds": 2.0}, 1, 2.0, 0.0))
+    standing(slow, "forward", 6)
+    assert slow.held_up() == []
+    script = StallWatch("never")
+    standing(script, "user", 99)
+    assert script.held_up() == []
+
+
+def test_a_process_that_is_stopped_gets_less_time_until_it_goes_on() -> None:
+    watch = StallWatch("auto", 60.0)
+    standing(watch, "forward", 3)
+    watch.learn({0: STOPPED})
+    assert limits(watch) == [10.0]
+    watch.take(0, beats(2, "backward"), 6.0)
+    assert limits(watch) == [120.0]
+    own = StallWatch(40.0)
+    standing(own, "forward", 3)
+    own.learn({0: STOPPED})
+    assert limits(own) == [40.0]
+
+
+def test_words_show_the_call_in_which_a_rank_stands_still() -> None:
+    words = tell_stall((HERE, AHEAD), {0: BUSY, 1: WAITS}, now=100.0).words()
+    assert words[0] == "rank 0 (node 0) has made no progress for 9.0 s, in forward, step 25"
+    assert words[1:] == ['  File "/home/me/recipe.py", line 9 in loss']
+    words = tell_stall((HERE, replace(HERE, rank=1)), {0: WAITS, 1: WAITS}, now=100.0).words()
+    assert words[0].endswith("; it waits for others")
 
 
 def test_only_time_that_was_watched_counts() -> None:
@@ -176,7 +227,7 @@ def box(sandbox: Sandbox) -> Sandbox:
 @pytest.mark.slow
 def test_a_stopped_rank_is_named_and_the_run_comes_to_the_same_weights(box: Sandbox, reference: RunFolder) -> None:
     closed = gate(box)
-    with box.start(*LAUNCH, *JOB, "recovery.stall=3s", "--max-restarts", "1") as process:
+    with box.start(*LAUNCH, *JOB, "--max-restarts", "1") as process:
         wait_at_gate(box, process)
         (victim,) = box.named("dltrain-rank1")
         os.kill(victim, signal.SIGSTOP)
@@ -184,6 +235,7 @@ def test_a_stopped_rank_is_named_and_the_run_comes_to_the_same_weights(box: Sand
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
     assert re.search(r"rank 1 on node 1 made no progress for \d+ s, in forward at step 20: its process is stopped", out)
+    assert re.search(r"rank 1 \(node 1\) has made no progress for \d\.\d s, in forward, step 20\n  its process is", out)
     assert "starting all ranks again (1 of 1); report: " in out
     assert_same_run(run_of(box), reference)
     text = (run_of(box).path / "failures/0000.txt").read_text()
@@ -195,9 +247,10 @@ def test_a_stopped_rank_is_named_and_the_run_comes_to_the_same_weights(box: Sand
 
 @pytest.mark.slow
 def test_a_rank_that_sleeps_for_ever_is_shown_with_its_stack(box: Sandbox) -> None:
-    done = box.run(*LAUNCH, *JOB, "recovery.stall=3s", "model.sleep_at=25", "model.rank=0")
+    done = box.run(*LAUNCH, *JOB, "recovery.stall=5s", "model.sleep_at=25", "model.rank=0")
     assert done.returncode == 1
     assert re.search(r"rank 0 on node 0 made no progress for \d+ s, in forward at step 25\b", done.stderr), done.stderr
+    assert re.search(r"rank 0 \(node 0\) has made no progress for .*\n  File .*staged\.py", done.stdout), done.stdout
     path = run_of(box).path / "failures/0000.txt"
     assert f"report: {path}" in done.stderr
     text = path.read_text()
@@ -207,6 +260,15 @@ def test_a_rank_that_sleeps_for_ever_is_shown_with_its_stack(box: Sandbox) -> No
     report = json.loads(path.with_suffix(".json").read_text())
     assert [(rank["rank"], rank["phase"], rank["step"]) for rank in report["ranks"]] == [(0, "forward", 25)]
     assert [(at["rank"], at["phase"]) for at in report["stalled"]] == [(0, "forward"), (1, "backward")]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_its_first_evaluation_is_ended_too(box: Sandbox) -> None:
+    (box.folder / "hang").touch()
+    first = ("model.hang_in_evaluation=true", "model.rank=1", "recovery.stall_at_start=4s")
+    done = box.run(*LAUNCH, *JOB, *first)
+    assert done.returncode == 1
+    assert re.search(r"rank 1 on node 1 made no progress for \d+ s, in evaluate at step 6\b", done.stderr), done.stderr
 
 
 SOURCE = """
