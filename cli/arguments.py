@@ -63,6 +63,7 @@ class LaunchRequest:
         master_port: port of the rendezvous store.
         role: role of the ranks, as ``ROLE_NAME`` tells the script.
         rdzv_id: id of the run, as ``TORCHELASTIC_RUN_ID`` tells the script.
+        submission: key of the submitted job that this launch belongs to; ``dltrain submit`` writes the option.
         standalone: always start an embedded cluster.
         quiet: no progress display.
         preflight: look at the nodes first, and refuse to start on a sick one.
@@ -93,6 +94,7 @@ class LaunchRequest:
     master_port: int | None = None
     role: str | None = None
     rdzv_id: str | None = None
+    submission: str = ""
     standalone: bool = False
     quiet: bool = False
     preflight: bool = False

@@ -17,13 +17,13 @@ from pydantic.fields import FieldInfo
 
 from ..core.config import DEFAULT, ResolvedJob, job_values, load_job
 from ..core.document import parse_value
-from ..core.errors import JobError, Problem
+from ..core.errors import JobError
 from ..core.job import Job
 from ..core.schema import expected, members, section_of
-from ..core.storage import Storage
 from ..models.registry import RECIPES
 from .arguments import job_target
 from .render import dim
+from .starter import write_starter
 
 #: Values that a starter file sets; the others are there as comments.
 _SHOWN = (
@@ -69,16 +69,7 @@ def init_job(path: Path, *, force: bool) -> None:
     Raises:
         JobError: the file exists, or it cannot be written.
     """
-    if path.is_dir():
-        raise JobError(Problem("this is a folder", str(path), f"name a file: {path / 'dltrain.yaml'}"))
-    if path.exists() and not force:
-        raise JobError(Problem("this file exists", str(path), "--force replaces it"))
-    if not path.parent.is_dir():
-        raise JobError(Problem(f"the folder {path.parent} does not exist", str(path)))
-    try:
-        Storage(str(path.parent)).write(path.name, ["\n".join(starter()).encode() + b"\n"])
-    except OSError as error:
-        raise JobError(Problem(f"cannot be written: {error.strerror}", str(path))) from error
+    write_starter(path, "\n".join(starter()) + "\n", name="dltrain.yaml", force=force)
     sys.stdout.write(f"wrote {path}\n\nnext:\n  dltrain config show {path}\n  dltrain launch {path}\n")
 
 

@@ -75,6 +75,7 @@ def _options(request: LaunchRequest) -> Options:
         preflight=request.preflight,
         master_addr=request.master_addr,
         master_port=request.master_port or 0,
+        submission=request.submission,
     )
 
 

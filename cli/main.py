@@ -18,13 +18,18 @@ from .. import __version__
 from ..core.errors import DltrainError, JobError, Problem
 from .arguments import classify
 from .checkpoint import checkpoint
+from .cluster import cluster
 from .options import add_launch
 from .render import exit_code, render_error
+from .submit_command import add_submit
 
 _JOB_HELP = "A job file (default ./dltrain.yaml, else the built-in job) and key.path=value overrides."
 
 _FAULTS_HELP = "What happens, to whom, when: 'kill:rank=1@step=50, stop:rank=0@120, driver@12.5s'."
-_RUN_HELP = "A run's folder, a job's name (its newest run), or name/number (default: the run launched last)."
+_RUN_HELP = (
+    "A run's folder, a job's name (its newest run), name/number, or a submitted job as submit names it "
+    "(default: what was launched or submitted last)."
+)
 _Run = Annotated[str | None, typer.Argument(metavar="RUN", help=_RUN_HELP, show_default=False)]
 _Runs = Annotated[str, typer.Option("--run-dir", metavar="DIR", help="Parent of the run directories.")]
 
@@ -38,9 +43,11 @@ app = typer.Typer(
 config = typer.Typer(no_args_is_help=True, help="Show, describe and start job files.")
 data = typer.Typer(no_args_is_help=True, help="Look at a job's data, and prepare text.")
 add_launch(app)
+add_submit(app)
 app.add_typer(config, name="config")
 app.add_typer(data, name="data")
 app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(cluster, name="cluster")
 
 
 def main() -> None:
@@ -226,6 +233,19 @@ def status(
     raise typer.Exit(show_status(run, Path(run_dir), as_json=as_json))
 
 
+@app.command("runs")
+def runs(
+    run_dir: _Runs = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the runs, and the submitted jobs that have none yet, the newest first."""
+    from pathlib import Path
+
+    from .runs import show_runs
+
+    raise typer.Exit(show_runs(Path(run_dir), as_json=as_json))
+
+
 @app.command("logs")
 def logs(
     run: _Run = None,
@@ -237,7 +257,7 @@ def logs(
         list[int] | None, typer.Option("--generation", metavar="N", help="This start of the ranks only; repeatable.")
     ] = None,
 ) -> None:
-    """Print what a run's ranks printed, of every start of the ranks."""
+    """Print what a run's ranks printed, of every start of the ranks; or what a submitted job printed."""
     from pathlib import Path
 
     from ..launcher.logs import Pick
@@ -253,7 +273,7 @@ def stop(
     run_dir: _Runs = "runs",
     now: Annotated[bool, typer.Option("--now", help="At once, without a last checkpoint.")] = False,
 ) -> None:
-    """Stop a run of this machine as Ctrl-C does: a job saves a checkpoint, and can go on from there."""
+    """Stop a run of this machine or a submitted job as Ctrl-C does: it saves a checkpoint, and can go on from there."""
     from pathlib import Path
 
     from .runs import ask_to_stop

@@ -24,11 +24,11 @@ class LaunchCommand(TyperCommand):
     """A command whose target ends its own options: see ``arguments.py``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        options, target = split(args, _spellings(self.get_params(ctx)))
+        options, target = split(args, spellings(self.get_params(ctx)))
         return super().parse_args(ctx, [*options, "--", *target])
 
 
-def _spellings(params: Sequence[Any]) -> dict[str, bool]:
+def spellings(params: Sequence[Any]) -> dict[str, bool]:
     """Every spelling of every option, and whether a value follows it."""
     return {name: not param.is_flag for param in params if param.param_type_name == "option" for name in param.opts}
 
@@ -135,6 +135,7 @@ def launch(
     preflight: Annotated[
         bool, _option(_CLUSTER, "--preflight", help="Look at the nodes first (dltrain doctor), and refuse sick ones.")
     ] = False,
+    submission: Annotated[Text, typer.Option("--submission", hidden=True)] = None,
     quiet: Annotated[bool, _option(_RUN, "--quiet", "-q", help="No progress display.")] = False,
     module: Annotated[
         bool, _option(_TORCHRUN, "--module", "-m", help="The target is a module, run as python -m does.")
@@ -224,7 +225,7 @@ def parse_launch(argv: Sequence[str]) -> LaunchRequest:
 def option_spellings() -> dict[str, bool]:
     """Every spelling of every option of ``dltrain launch``, and whether a value follows it."""
     command = _command()
-    return _spellings(command.get_params(command.make_context("launch", [])))
+    return spellings(command.get_params(command.make_context("launch", [])))
 
 
 def add_launch(app: typer.Typer) -> None:

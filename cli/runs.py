@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import RunFailed
 from ..launcher.logs import Logs, Pick
-from ..launcher.runs import RunStatus, find_run, look, stop_run
+from ..launcher.runs import RunStatus, all_runs, launched, look, stop_run
+from ..launcher.submit.adapter import OVER, JobState
+from ..launcher.submit.handle import Handle
+from ..launcher.submit.handles import all_handles, resolve, run_of
+from ..launcher.submit.jobs import output_of, state_of, stop_job
 from ..launcher.view import duration
+from .render import columns
 from .summary import shown
 
-_CODES = {"running": 0, "finished": 0, "failed": 1, "died": 1, "stopped": 3}
+_CODES = {"running": 0, "finished": 0, "queued": 0, "failed": 1, "died": 1, "unknown": 1, "stopped": 3}
 
 
 def show_status(run: str | None, runs: Path, *, as_json: bool) -> int:
@@ -23,11 +31,20 @@ def show_status(run: str | None, runs: Path, *, as_json: bool) -> int:
     Raises:
         JobError: there is no such run.
     """
-    status = look(find_run(runs, run))
+    path, handle = resolve(runs, run)
+    job = _job(handle) if handle else None
+    if path is None:
+        assert handle is not None
+        assert job is not None
+        return _show_job(handle, job, as_json=as_json)
+    status = look(path)
+    if status.state == "running" and job is not None and job.standing in OVER:
+        status = replace(status, state="died")  # where its driver ran cannot be seen from here
     if as_json:
-        sys.stdout.write(json.dumps(status.to_json(), indent=2) + "\n")
+        more = {"job": _job_json(handle, job)} if handle and job else {}
+        sys.stdout.write(json.dumps(status.to_json() | more, indent=2) + "\n")
     else:
-        rows = _rows(status)
+        rows = _rows(status) + ([("job", f"{handle.kind} {handle.id}, {job}")] if handle and job else [])
         width = max(len(name) for name, _ in rows)
         sys.stdout.write("".join(f"{name:<{width}}  {text}\n" for name, text in rows))
     return _CODES[status.state]
@@ -61,6 +78,53 @@ def _rows(status: RunStatus) -> list[tuple[str, str]]:
     return rows
 
 
+def _job(handle: Handle) -> JobState:
+    """How a submitted job stands, also where its cluster cannot be asked from here."""
+    try:
+        return state_of(handle)
+    except RunFailed as error:
+        return JobState("unknown", str(error))
+
+
+def _job_json(handle: Handle, job: JobState) -> dict[str, Any]:
+    return {"kind": handle.kind, "id": handle.id, "state": job.standing, "words": job.words}
+
+
+def _show_job(handle: Handle, job: JobState, *, as_json: bool) -> int:
+    """Print how a submitted job stands that has no run directory that could be seen from here."""
+    if as_json:
+        answer = {"name": handle.name, "state": job.standing, "job": _job_json(handle, job)}
+        sys.stdout.write(json.dumps(answer, indent=2) + "\n")
+    else:
+        _say(f"{handle.name}/{handle.key}  {job}")
+    return _CODES[job.standing]
+
+
+def show_runs(runs: Path, *, as_json: bool) -> int:
+    """Print all runs and submitted jobs of a runs folder, the newest first."""
+    listed: list[dict[str, Any]] = []
+    handles = list(all_handles(runs))
+    begun = {run_of(runs, handle): handle for handle in handles}
+    for path in all_runs(runs):
+        status, handle = look(path), begun.get(path)
+        row = {"name": status.name, "state": status.state, "step": status.step, "since": launched(path)[0]}
+        listed.append(row | {"job": handle.key if handle else ""})
+    for handle in handles:
+        if run_of(runs, handle) is None and (state := _job(handle).standing) not in ("finished", "stopped"):
+            row = {"name": f"{handle.name}/{handle.key}", "state": state, "step": 0}
+            listed.append(row | {"since": handle.submitted, "job": handle.key})
+    listed.sort(key=lambda row: row["since"], reverse=True)
+    if as_json:
+        sys.stdout.write(json.dumps(listed, indent=2) + "\n")
+    elif listed:
+        times = [time.strftime("%Y-%m-%d %H:%M", time.localtime(row["since"])) for row in listed]
+        rows = [[r["name"], r["state"], str(r["step"]), when, r["job"]] for r, when in zip(listed, times, strict=True)]
+        sys.stdout.write(columns([["run", "state", "step", "launched", "job"], *rows], right={2}))
+    else:
+        _say(f"there are no runs in {runs}")
+    return 0
+
+
 def _is_loss(name: str, value: object) -> bool:
     return name.endswith("loss") and isinstance(value, (int, float))
 
@@ -76,10 +140,16 @@ def show_logs(run: str | None, runs: Path, *, pick: Pick, follow: bool) -> int:
     Raises:
         JobError: there is no such run.
     """
-    logs = Logs(find_run(runs, run), pick)
+    path, handle = resolve(runs, run)
+    if handle is not None and (path is None or run == f"{handle.name}/{handle.key}"):
+        lines = output_of(handle, follow=follow)
+    else:
+        assert path is not None
+        logs = Logs(path, pick)
+        lines = logs.follow() if follow else logs.read()
     out = sys.stdout.buffer
     try:
-        for line in logs.follow() if follow else logs.read():
+        for line in lines:
             out.write(line)
             out.flush()
     except KeyboardInterrupt:
@@ -96,8 +166,14 @@ def ask_to_stop(run: str | None, runs: Path, *, now: bool) -> int:
         JobError: there is no such run, or its driver is on another machine.
         RunFailed: it did not end in time.
     """
-    status = stop_run(find_run(runs, run), now=now, say=_say)
-    _say(f"{status.name}: {status.state} after step {status.step}")
+    path, handle = resolve(runs, run)
+    if handle is not None and state_of(handle).standing not in OVER:
+        job = stop_job(handle, now=now, say=_say)
+        path = path or run_of(runs, handle)
+        _say(f"{handle.name}/{handle.key}: {job}")
+    if path is not None:
+        status = stop_run(path, now=now, say=_say)
+        _say(f"{status.name}: {status.state} after step {status.step}")
     return 0
 
 

@@ -191,6 +191,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "resume": _resume,
     "init_from": _weights,
     "keep_warm": _duration,
+    "submission": str,
     "max_restarts": _restarts,
     "start_method": _start_method,
     "log_dir": _folder,

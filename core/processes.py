@@ -89,9 +89,14 @@ class Driver:
     @classmethod
     def here(cls) -> Self:
         """This process, from now on."""
-        me = Process.of(os.getpid())
-        assert me is not None
-        return cls(socket.gethostname(), boot(), namespace(), me, time.time())
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Self:
+        """A process that this one has started and not waited for, from now on."""
+        process = Process.of(pid)
+        assert process is not None
+        return cls(socket.gethostname(), boot(), namespace(), process, time.time())
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:

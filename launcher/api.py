@@ -118,7 +118,7 @@ def launch_script(
     check_parent(runs)
     view = make_view(script=True, rules=rules, quiet=options.quiet)
     goodput = Goodput(time.time())
-    name = _script_name(target)
+    name = script_name(target)
     demand = demand_here(resources) if options.address is None else None
     with _session(options, resources, recovery, demand, view) as (session, stop):
         session.connect(view.phase)
@@ -242,7 +242,7 @@ def _export(job: Job, url: str, run: RunDir) -> None:
         raise RunFailed(f"{what}; the last checkpoint is in {url}") from error
 
 
-def _script_name(target: Target) -> str:
+def script_name(target: Target) -> str:
     """The script's name as the name of its runs."""
     stem = target.name.rpartition(".")[2] if target.kind == "module" else Path(target.name).stem
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in stem).lstrip("._-") or "script"

@@ -95,7 +95,12 @@ def carry_out(work: Work, session: Session, view: View, stop: StopRequests, good
     run = work.run
     layout = (*run.record.ranks_per_node, (run.record.generations, session.demand.ranks))
     run.update(
-        state="running", command=tuple(sys.argv), driver=Driver.here(), logs=str(work.logs), ranks_per_node=layout
+        state="running",
+        command=tuple(sys.argv),
+        driver=Driver.here(),
+        logs=str(work.logs),
+        ranks_per_node=layout,
+        submission=session.options.submission,
     )
     view = Live(view, run, goodput, stop, stop_grace=work.recovery.stop_grace)
     metrics = Metrics(run, work.tracking, config=work.config, on_message=view.note)

@@ -55,6 +55,7 @@ class Record:
         driver: the process of the last launch.
         logs: the folder of the ranks' logs.
         ranks_per_node: how many ranks a node has had, each with the first generation that it is true of.
+        submission: the key of the submitted job whose launch was the last; or empty.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Record:
     driver: Driver | None = None
     logs: str = ""
     ranks_per_node: tuple[tuple[int, int], ...] = ()
+    submission: str = ""
 
     @classmethod
     def read(cls, run: Path) -> Self | None:

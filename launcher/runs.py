@@ -93,7 +93,7 @@ def find_run(runs: Path, word: str | None) -> Path:
         JobError: there is none.
     """
     if word is None:
-        newest = max(_all(runs), key=_launched, default=None)
+        newest = max(all_runs(runs), key=launched, default=None)
         if newest is None:
             hint = "say which folder with --run-dir, or name a run"
             raise JobError(Problem(f"there is no run in {runs}", hint=hint))
@@ -104,21 +104,25 @@ def find_run(runs: Path, word: str | None) -> Path:
         if path.is_dir() and (newest := newest_run(path.parent, path.absolute().name)) is not None:
             return newest
     name, _, number = word.rpartition("/")
-    same = [run for run in _all(runs) if number.isdecimal() and (run.parent.name, int(run.name)) == (name, int(number))]
+    same = [
+        run for run in all_runs(runs) if number.isdecimal() and (run.parent.name, int(run.name)) == (name, int(number))
+    ]
     if same:
         return same[0]
-    known = [f"{run.parent.name}/{run.name}" for run in _all(runs)]
+    known = [f"{run.parent.name}/{run.name}" for run in all_runs(runs)]
     hint = did_you_mean(word, {*known, *(name.partition("/")[0] for name in known)})
     raise JobError(Problem(f"there is no run '{word}' in {runs}", hint=hint))
 
 
-def _all(runs: Path) -> Iterator[Path]:
+def all_runs(runs: Path) -> Iterator[Path]:
+    """Every run directory of a runs folder."""
     for path in runs.absolute().glob("*/*/run.json"):
         if path.parent.name.isdecimal():
             yield path.parent
 
 
-def _launched(run: Path) -> tuple[float, str]:
+def launched(run: Path) -> tuple[float, str]:
+    """Unix time in seconds of the run's last launch, and its number."""
     record = Record.read(run)
     if record is None:
         return 0.0, run.name

@@ -39,6 +39,7 @@ class Options:
         preflight: look at the nodes, and refuse to start on a sick one.
         master_addr: address for the rendezvous; the default is node 0's.
         master_port: port for the rendezvous; 0 takes a free one.
+        submission: the key of the submitted job that this launch belongs to; or empty.
     """
 
     address: str | None = None
@@ -51,6 +52,7 @@ class Options:
     preflight: bool = False
     master_addr: str | None = None
     master_port: int = 0
+    submission: str = ""
 
 
 @dataclass

@@ -31,7 +31,7 @@ class RayCluster:
 @contextmanager
 def ray_head(folder: Path, *resources: str, **environ: str) -> Iterator[RayCluster]:
     """A cluster of one node with ``resources`` (options of ``ray start``); ``environ`` says its RAY_AUTH_MODE."""
-    gcs, client, agent = _free_ports(3)
+    gcs, client, agent = free_ports(3)
     box = Sandbox(folder)
     ports = (f"--port={gcs}", f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}")
     try:
@@ -91,7 +91,7 @@ def _node(
             process.wait()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports above those that Ray gives its workers; each process of the tests begins to look elsewhere."""
     begin = 20000 + 97 * os.getpid() % 10000
     with ExitStack() as stack:

@@ -22,6 +22,7 @@ from dltrain.core.job import Job
 from dltrain.core.storage import Storage
 from dltrain.data.prepare import prepare
 from dltrain.launcher.rundir import Record, RunDir
+from dltrain.launcher.submit.clusters import TEMPLATES, read_cluster, template
 from dltrain.models.registry import RECIPES
 from launching import Sandbox
 
@@ -84,6 +85,9 @@ def test_commands_can_be_typed(line: str, folder: Path) -> None:
         elif word.removeprefix("data.source=").endswith(".tokens") and words[1] == "show":
             Path("a.txt").write_text("text " * 500, encoding="utf-8")
             prepare(["a.txt"], word.removeprefix("data.source="))
+        elif word in TEMPLATES.values():
+            if words[1] != "init":
+                Path(word).write_text(template(Path(word).stem), encoding="utf-8")
         elif word.endswith((".py", ".yaml")) and not Path(word).exists():
             Path(word).parent.mkdir(parents=True, exist_ok=True)
             Path(word).touch()
@@ -108,7 +112,20 @@ def test_commands_can_be_typed(line: str, folder: Path) -> None:
 
 def test_there_are_commands() -> None:
     """A guard against a pattern that finds nothing."""
-    top = {"launch", "config", "data", "checkpoint", "status", "logs", "stop", "doctor", "chaos"}
+    top = {
+        "launch",
+        "config",
+        "data",
+        "checkpoint",
+        "status",
+        "logs",
+        "stop",
+        "doctor",
+        "chaos",
+        "submit",
+        "cluster",
+        "runs",
+    }
     assert {line.split()[1] for line in commands()} == top
     assert len(list(commands())) > 15
 
@@ -166,7 +183,10 @@ def test_examples_of_job_files_are_jobs_and_python_is_python(page: Path, folder:
         Path("example.yaml").write_text(block, encoding="utf-8")
         for path in re.findall(r"^  source: ([\w./-]+)(?:\s|$)", block, re.MULTILINE):  # what it names is there
             Path(path).touch() if Path(path).suffix else Path(path).mkdir()
-        load_job(Path("example.yaml"), recipes=RECIPES)
+        if block.startswith("kind:"):
+            read_cluster(Path("example.yaml"))
+        else:
+            load_job(Path("example.yaml"), recipes=RECIPES)
     for block in fences(page, "python"):
         compile(block, str(page), "exec")
 

@@ -1,0 +1,211 @@
+"""Ray's Jobs API: the driver runs inside a cluster that is there already, and goes on without the submitter."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import secrets
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ...core.document import Document
+from ...core.errors import JobError, Problem, RunFailed
+from ...core.spec import Spec
+from .. import untyped
+from .adapter import Adapter, JobState, Standing, checked, place
+from .code import Code, code_of, dltrain_code
+from .handle import Handle
+from .steps import Steps, Submission
+
+_STANDING: dict[str, Standing] = {
+    "PENDING": "queued",
+    "RUNNING": "running",
+    "SUCCEEDED": "finished",
+    "STOPPED": "stopped",
+    "FAILED": "failed",
+}
+_STOPPED = (130, 143)
+_END = 120  # seconds that a launch may take to end beside its ranks' own
+
+
+class RayFile(Spec):
+    """A Ray cluster, as ``cluster_configs/ray.yaml`` explains."""
+
+    kind: Literal["ray"]
+    """What kind of cluster this is."""
+    address: str
+    """URL of the cluster's dashboard."""
+    runs: str = ""
+    """Parent of the run directories on the cluster's machines; empty is that of the submitting one."""
+    environment: list[str] = Field(default_factory=list)
+    """Names of variables that the job gets."""
+    limit_mb: float = Field(default=100.0, gt=0)
+    """How many megabytes of code may be sent."""
+
+
+class RayJobs(Adapter):
+    """A Ray cluster with a dashboard."""
+
+    kind = "ray"
+
+    def __init__(self, file: RayFile, path: Path) -> None:
+        self._file, self._path = file, path
+
+    @classmethod
+    def read(cls, path: Path, document: Document) -> RayJobs:
+        """The cluster of a file.
+
+        Raises:
+            JobError: with everything that is wrong in it.
+        """
+        file = checked(RayFile, document, path)
+        problems: list[Problem] = []
+        if not file.address.startswith(("http://", "https://")):
+            hint = "the dashboard's, such as http://head:8265; dltrain launch --address takes host:6379"
+            problems.append(Problem(f"'{file.address}' is no URL", place(document, path, ("address",)), hint))
+        if file.runs and not Path(file.runs).is_absolute():
+            what = f"'{file.runs}' is no absolute path"
+            problems.append(Problem(what, place(document, path, ("runs",)), "the machines have no common folder"))
+        if problems:
+            raise JobError(*problems)
+        return cls(file, path)
+
+    def check(self) -> list[str]:
+        """What the file says; the cluster is not asked."""
+        return [f"the Ray cluster whose dashboard is at {self._file.address}"]
+
+    def _entrypoint(self, submission: Submission, number: str) -> str:
+        runs = f"--run-dir={self._file.runs or submission.runs}"
+        more = (runs, "--address=auto", f"--submission={self.kind}-{number}")
+        return shlex.join(
+            ["python", "-P", "-m", "dltrain.cli", "launch", *submission.options, *more, *submission.words]
+        )
+
+    def _variables(self, submission: Submission) -> tuple[str, ...]:
+        missing = [name for name in self._file.environment if name not in submission.environ]
+        if missing:
+            hint = "set them, or take them out of the file"
+            raise JobError(Problem(f"{', '.join(missing)}: not set here", f"{self._path}: environment", hint))
+        return tuple(sorted({*submission.job_variables(), *self._file.environment}))
+
+    def _code(self, submission: Submission) -> Code:
+        return code_of(submission.folder, without=submission.runs, limit_mb=self._file.limit_mb)
+
+    def render(self, submission: Submission) -> Steps:
+        """The job as it is sent.
+
+        Raises:
+            JobError: the code is too much, or a variable is not there.
+        """
+        code, own = self._code(submission), dltrain_code()
+        return Steps(
+            commands=(f"POST {self._file.address}/api/jobs/ entrypoint: {self._entrypoint(submission, 'ID')}",),
+            files={},
+            notes=(f"{submission.folder} is sent: {code}", f"dltrain is sent: {own}"),
+            environment=(*self._variables(submission), "RAY_JOB_STOP_WAIT_TIME_S"),
+        )
+
+    def hand_over(self, submission: Submission, say: Callable[[str], None]) -> Handle:
+        """Send code and job.
+
+        Raises:
+            JobError: the code is too much, or a variable is not there.
+            RunFailed: the cluster does not answer, or does not take the job.
+        """
+        code, names = self._code(submission), self._variables(submission)
+        client = _client(self._file.address)
+        number = f"dltrain-{secrets.token_hex(3)}"
+        with tempfile.TemporaryDirectory(prefix="dltrain-") as folder:
+            say(f"sending {submission.folder}: {code}")
+            code.copy_to(Path(folder) / "code")
+            dltrain_code().copy_to(Path(folder) / "dltrain")  # Ray calls a module as its folder is called
+            environment = {name: submission.environ[name] for name in names}
+            try:
+                client.submit_job(
+                    entrypoint=self._entrypoint(submission, number),
+                    submission_id=number,
+                    metadata={"dltrain": submission.name},
+                    runtime_env={
+                        "working_dir": f"{folder}/code",
+                        "py_modules": [f"{folder}/dltrain"],
+                        "env_vars": {
+                            **environment,
+                            "RAY_JOB_STOP_WAIT_TIME_S": f"{submission.stop_grace + _END:.0f}",  # Ray waits 3 s
+                        },
+                    },
+                )
+            except RuntimeError as error:
+                raise RunFailed(f"the Ray cluster at {self._file.address} has not taken the job: {error}") from None
+        runs = self._file.runs or str(submission.runs)
+        return submission.handle(self.kind, number, {"address": self._file.address}, runs=runs)
+
+    @staticmethod
+    def state(handle: Handle) -> JobState:
+        """How the job stands.
+
+        Raises:
+            RunFailed: the cluster does not answer.
+        """
+        try:
+            info = _client(handle.cluster["address"]).get_job_info(handle.id)
+        except RuntimeError as error:
+            if "does not exist" in str(error):
+                return JobState("unknown", "the cluster does not know it")
+            raise RunFailed(f"the Ray cluster does not say how {handle.id} stands: {error}") from None
+        status = str(info.status.value)
+        if info.driver_exit_code in _STOPPED:
+            return JobState("stopped", f"{status}, exit code {info.driver_exit_code}")
+        more = "" if info.driver_exit_code is None else f"exit code {info.driver_exit_code}"
+        return JobState(_STANDING[status], ", ".join(filter(None, [status, more])))
+
+    @staticmethod
+    def output(handle: Handle, *, follow: bool) -> Iterator[bytes]:
+        """What the driver has printed.
+
+        Raises:
+            RunFailed: the cluster does not answer.
+        """
+        client = _client(handle.cluster["address"])
+        if not follow:
+            yield str(client.get_job_logs(handle.id)).encode()
+            return
+        pieces = client.tail_job_logs(handle.id)
+        with asyncio.Runner() as runner:
+
+            async def piece() -> bytes:
+                return str(await anext(pieces, "")).encode()
+
+            while text := runner.run(piece()):
+                yield text
+
+    @staticmethod
+    def stop(handle: Handle, *, now: bool) -> None:
+        """Have Ray signal the driver.
+
+        Raises:
+            RunFailed: the cluster does not answer, or ``now`` is asked of it.
+        """
+        if now:
+            raise RunFailed("Ray's Jobs API has one way to stop a job: leave --now out")
+        _client(handle.cluster["address"]).stop_job(handle.id)
+
+
+def _client(address: str) -> Any:
+    """A client of the Jobs API, which takes the token from Ray's own variables or file.
+
+    Raises:
+        RunFailed: nobody answers there.
+    """
+    jobs: Any = importlib.import_module("ray.job_submission")
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every upload and connection
+    try:
+        return jobs.JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, untyped.ray().exceptions.AuthenticationError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise RunFailed(f"the Ray cluster at {address} does not answer: {why}") from None

@@ -1,0 +1,81 @@
+"""Jobs submitted to a real Ray cluster's Jobs API: code comes along; followed and stopped; a token."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from launching import BIN, Sandbox, wait_for
+from ray_clusters import free_ports, ray_head
+from runs import RunFolder
+
+SCRIPT = """\
+import os, pathlib, dltrain, helper
+print("rank", os.environ["RANK"], helper.WORD, "dltrain from", dltrain.__file__)
+print("sent:", sorted(path.name for path in pathlib.Path().rglob("*.*")), os.environ["MODE"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("aiohttp_cors") is None, reason="needs ray[default], for the dashboard")
+def test_jobs_of_the_jobs_api_bring_their_code_and_are_followed_and_stopped(
+    sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    port = free_ports(4)[-1]  # the first three are for the cluster itself
+    files = {
+        "train.py": SCRIPT,
+        "helper.py": "WORD = 'helped'\n",
+        ".gitignore": "*.big\n",
+        "data.big": "0" * 1000,
+        "cluster.yaml": f"kind: ray\naddress: http://127.0.0.1:{port}\nenvironment: [MODE]\n",
+    }
+    for name, text in files.items():
+        (sandbox.folder / name).write_text(text, encoding="utf-8")
+    options = ("--num-cpus=2", "--include-dashboard=true", f"--dashboard-port={port}")
+    path = f"{BIN}:{sandbox.environ['PATH']}"
+    with ray_head(tmp_path_factory.mktemp("ray"), *options, PATH=path, **token) as head:
+        submit = ("submit", "--cluster", "cluster")
+        done = sandbox.run(*submit, "--nproc-per-node=2", "-f", "train.py", **token, MODE="fast")
+        assert done.returncode == 0, done.stdout + done.stderr
+        for rank in range(2):
+            assert f"rank {rank} helped dltrain from" in done.stdout
+        assert "py_modules_files" in done.stdout
+        assert "sent: ['.gitignore', 'cluster.yaml', 'helper.py', 'train.py'] fast" in done.stdout
+        refused = sandbox.run(*submit, "train.py", MODE="", **(token | {"RAY_AUTH_TOKEN": "f" * 64}))
+        assert refused.returncode == 1, refused.stdout
+        assert "does not answer" in refused.stderr
+
+        job = ("model.widths=[4]", "model.hidden=16", "train.steps=1000000", "tracking.wandb.mode=disabled")
+        begun = sandbox.run(*submit, *job, MODE="", **token)
+        assert begun.returncode == 0, begun.stderr
+
+        def steps() -> int:
+            status = sandbox.run("status", "--json", **token)
+            return json.loads(status.stdout).get("step", 0)
+
+        wait_for(lambda: steps() > 0, what="training", timeout=120)
+        stopped = sandbox.run("stop", **token)
+        assert stopped.returncode == 0, stopped.stderr
+        assert "/ray-dltrain-" in stopped.stdout
+        assert RunFolder(sandbox.folder / "runs/digits/0001").checkpoints()
+        assert RunFolder(sandbox.folder / "runs/digits/0001").record()["state"] == "stopped"
+        assert not head.agents()
+    written = "".join(p.read_text(errors="replace") for p in Path(sandbox.folder).rglob("*.*") if p.is_file())
+    assert token["RAY_AUTH_TOKEN"] not in written
+
+
+def test_code_that_is_too_much_is_refused_with_the_largest_files(sandbox: Sandbox) -> None:
+    (sandbox.folder / "c.yaml").write_text("kind: ray\naddress: http://a:1\nlimit_mb: 0.01\n", encoding="utf-8")
+    (sandbox.folder / "weights.bin").write_bytes(bytes(20_000))
+    (sandbox.folder / "train.py").touch()
+    refused = sandbox.run("submit", "--cluster", "c", "train.py")
+    assert refused.returncode == 2
+    assert "are more than the limit of 0.01 MB" in refused.stderr
+    assert "weights.bin (0.0 MB)" in refused.stderr
+    (sandbox.folder / ".gitignore").write_text("*.bin\n", encoding="utf-8")
+    shown = sandbox.run("submit", "--cluster", "c", "--dry-run", "train.py")
+    assert shown.returncode == 0, shown.stderr
+    assert f"{sandbox.folder} is sent: 3 files" in shown.stdout

@@ -1,0 +1,117 @@
+"""Jobs submitted to a real Slurm: to their end, through the time limit's signal and a requeue, and stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from launching import Sandbox, wait_for
+from runs import RunFolder
+from slurm_cluster import SlurmCluster, slurm, why_not
+from stage import JOB, assert_same_run, gate, put_recipe
+
+CLUSTER = "kind: slurm\nsbatch: {time: 30}\nwarning: 1min\n"
+ONE_THREAD = "resources.cpus_per_rank=1"  # threads share out sums: they change bits
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[SlurmCluster]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with slurm(2, cpus=2) as up:
+        yield up
+
+
+@pytest.fixture
+def box(sandbox: Sandbox, cluster: SlurmCluster) -> Sandbox:
+    """A sandbox on the cluster's first machine, with a cluster file and the staged job."""
+    sandbox.prefix = cluster.machines[0].prefix
+    (sandbox.folder / "here.yaml").write_text(CLUSTER, encoding="utf-8")
+    put_recipe(sandbox)
+    return sandbox
+
+
+def submitted(box: Sandbox, cluster: SlurmCluster, *more: str) -> str:
+    """Submit the staged job for two nodes; Slurm's number of it."""
+    done = box.run("submit", "--cluster", "here", "--nodes", "2", *JOB, ONE_THREAD, *more, **cluster.environ)
+    assert done.returncode == 0, done.stderr
+    assert "submitted digits/slurm-" in done.stdout
+    return done.stdout.partition("digits/slurm-")[2].split()[0]
+
+
+def at_gate(box: Sandbox, job: str) -> None:
+    log = box.folder / f"runs/digits/slurm-{job}.log"
+
+    def there() -> bool:
+        assert not log.exists() or "failed" not in log.read_text(), log.read_text()
+        return all((box.folder / f"waiting-{rank}").exists() for rank in range(2))
+
+    wait_for(there, what="ranks at the gate", timeout=120)
+
+
+@pytest.mark.slow
+def test_the_signal_of_the_time_limit_saves_requeues_and_goes_on_to_the_same_weights(
+    box: Sandbox, cluster: SlurmCluster, reference: RunFolder
+) -> None:
+    checked = box.run("cluster", "check", "here.yaml", **cluster.environ)
+    assert checked.returncode == 0, checked.stderr
+    assert "Job" in checked.stdout
+    (box.folder / "until-told").touch()
+    closed = gate(box)
+    job = submitted(box, cluster, "--resume", "never")
+    at_gate(box, job)
+    status = box.run("status", "--json", **cluster.environ)
+    assert status.returncode == 0, status.stderr
+    told = json.loads(status.stdout)
+    assert (told["name"], told["state"], told["nodes"]) == ("digits/0001", "running", ["m0", "m1"])
+    assert told["job"] == {"kind": "slurm", "id": job, "state": "running", "words": "RUNNING"}
+
+    cluster.ask("scancel", "--batch", "--signal=USR1", job)  # what Slurm does `warning` before the limit
+    closed.unlink()  # the ranks go on when they have been told
+    wait_for(lambda: cluster.fields(job).get("Restarts") == "1", what="the requeue", timeout=120)
+    followed = box.run("logs", "-f", f"digits/slurm-{job}", timeout=180, **cluster.environ)
+    assert "back into the queue" in followed.stdout
+    assert "digits: finished" in followed.stdout
+    run = RunFolder(box.folder / "runs/digits/0001")
+    assert_same_run(run, reference)
+    assert run.record()["generations"] == 2
+    listed = box.run("runs", **cluster.environ)
+    assert [line.split()[:3] for line in listed.stdout.splitlines()[1:]] == [["digits/0001", "finished", "60"]]
+    assert f"slurm-{job}" in listed.stdout
+
+
+@pytest.mark.slow
+def test_a_submitted_job_is_stopped_from_outside_and_a_waiting_one_cancelled(
+    box: Sandbox, cluster: SlurmCluster
+) -> None:
+    (box.folder / "until-told").touch()
+    closed = gate(box)
+    job = submitted(box, cluster)
+    at_gate(box, job)
+    waiting = submitted(box, cluster, "name=later")
+    queued = box.run("status", **cluster.environ)
+    assert queued.stdout.startswith(f"later/slurm-{waiting}  queued (PENDING, "), queued.stdout + queued.stderr
+    cancelled = box.run("stop", "later", **cluster.environ)
+    assert f"later/slurm-{waiting}: stopped (CANCELLED)" in cancelled.stdout, cancelled.stderr
+
+    with box.start("stop", "digits", **cluster.environ) as process:
+        wait_for(lambda: told_to_stop(box), what="the request", timeout=60)
+        closed.unlink()
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert f"digits/slurm-{job}: stopped" in out
+    assert "digits/0001: stopped after step 2" in out
+    assert RunFolder(box.folder / "runs/digits/0001").checkpoints()
+
+
+def told_to_stop(box: Sandbox) -> bool:
+    facts = json.loads((box.folder / "runs/digits/0001/status.json").read_text())
+    return facts["stop_requests"] > 0
+
+
+def test_a_dry_run_shows_the_script_and_starts_nothing(sandbox: Sandbox) -> None:
+    (sandbox.folder / "here.yaml").write_text(CLUSTER, encoding="utf-8")
+    shown = sandbox.run("submit", "--cluster", "here", "--nodes=2", "--dry-run", "--run-dir=out", "train.epochs=3")
+    assert shown.returncode == 0, shown.stderr
+    assert not (sandbox.folder / "out").exists()
