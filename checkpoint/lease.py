@@ -33,7 +33,8 @@ class Lease(BaseModel):
     """Who writes to the folder.
 
     Attributes:
-        token: of this taking; what is written under another is not the holder's.
+        token: of this taking; what is written under another is not the holder's. After a point it has the number of the
+            generation of ranks that it was handed to: an older one's writes nothing more.
         run: the run's id.
         boot, namespace: the start of that machine, and what process numbers are good for there: names of machines may
             be the same.
@@ -90,8 +91,15 @@ def take(storage: Storage, run: str, *, pid: int, on_message: Callable[[str], No
     return mine.token
 
 
+def of_generation(token: str, generation: int) -> str:
+    """The token for a generation of the holder's ranks. Once it was renewed, those of older ones are no longer good."""
+    return f"{_split(token)[0]}.{generation}"
+
+
 def renew(storage: Storage, token: str) -> Lease | None:
     """Say that the holder of ``token`` is still at work; who has taken over instead, if somebody has.
+
+    An older generation's token in the file gives way to a newer one's.
 
     A lease file that is gone is no longer anybody's, and is not made again.
 
@@ -99,9 +107,10 @@ def renew(storage: Storage, token: str) -> Lease | None:
         OSError: the storage failed.
     """
     held = _read(storage)
-    if held is None or held.token != token:
+    if held is None or not _good(token, held):
         return held
-    storage.write(LEASE, [held.model_copy(update={"renewed": time.time()}).model_dump_json().encode()])
+    renewed = held.model_copy(update={"token": token, "renewed": time.time()})
+    storage.write(LEASE, [renewed.model_dump_json().encode()])
     return None
 
 
@@ -113,8 +122,19 @@ def holder(storage: Storage) -> Lease | None:
 def release(storage: Storage, token: str) -> None:
     """Give the lease back, if ``token`` still holds it. Raises OSError."""
     held = _read(storage)
-    if held is not None and held.token == token:
+    if held is not None and _split(held.token)[0] == _split(token)[0]:
         storage.remove(LEASE)
+
+
+def _split(token: str) -> tuple[str, int]:
+    taking, _, generation = token.partition(".")
+    return taking, int(generation or 0)
+
+
+def _good(token: str, held: Lease) -> bool:
+    """Whether ``token`` is the holder's, and of no older generation than the one that is at work."""
+    (ours, generation), (theirs, newest) = _split(token), _split(held.token)
+    return ours == theirs and generation >= newest
 
 
 def _expect_over(storage: Storage, held: Lease, on_message: Callable[[str], None], where: str) -> None:

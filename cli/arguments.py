@@ -44,7 +44,7 @@ class LaunchRequest:
         overrides: the job's ``key.path=value`` arguments.
         script: path, module name or program, as given; empty for a job.
         script_args: what follows the script, untouched.
-        nodes: number of nodes.
+        nodes: number of nodes, or the least and the most.
         nproc_per_node: ranks per node.
         address: Ray cluster to join.
         network_interface: interface that ranks talk over.
@@ -75,7 +75,7 @@ class LaunchRequest:
     overrides: tuple[str, ...] = ()
     script: str = ""
     script_args: tuple[str, ...] = ()
-    nodes: int | None = None
+    nodes: int | tuple[int, int] | None = None
     nproc_per_node: int | Literal["auto", "cpu", "gpu"] | None = None
     address: str | None = None
     network_interface: str | None = None
@@ -102,8 +102,10 @@ class LaunchRequest:
 
     def job_flags(self) -> dict[str, Any]:
         """The options that are values of a job, by dotted key: the ``flags`` of :func:`~..core.config.load_job`."""
+        nodes = self.nodes
         values = {
-            "resources.nodes": self.nodes,
+            "resources.nodes": nodes[1] if isinstance(nodes, tuple) else nodes,
+            "recovery.nodes": f"{nodes[0]}:{nodes[1]}" if isinstance(nodes, tuple) else None,
             "resources.nproc_per_node": self.nproc_per_node,
             "resources.network_interface": self.network_interface,
             "resources.placement": self.placement,

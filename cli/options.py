@@ -53,7 +53,14 @@ def launch(
         ),
     ] = None,
     nodes: Annotated[
-        Text, _option(_CLUSTER, "--nodes", "--nnodes", metavar="N", help="Nodes to spread over (default 1).")
+        Text,
+        _option(
+            _CLUSTER,
+            "--nodes",
+            "--nnodes",
+            metavar="N|MIN:MAX",
+            help="Nodes to spread over (default 1); MIN:MAX goes on with fewer when some are lost.",
+        ),
     ] = None,
     nproc_per_node: Annotated[
         Text,

@@ -68,7 +68,7 @@ def _clashes(given: set[str], params: Mapping[str, Any], values: Mapping[str, An
     problems: list[Problem] = []
     if "node_rank" in given and params["node_rank"].strip() != "0":
         problems.append(Problem("dltrain starts every node itself", "--node-rank", _ONE_LAUNCH))
-    elif values.get("nodes", 1) > 1 and "address" not in given:
+    elif values.get("nodes", 1) != 1 and "address" not in given:
         per_node = [_option(name) for name in ("node_rank", "rdzv_endpoint") if name in given]
         if per_node:
             what = f"several nodes with {' and '.join(per_node)} mean one torchrun a node"
@@ -87,13 +87,15 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _nodes(text: str) -> int:
-    least, colon, most = text.partition(":")
+def _nodes(text: str) -> int | tuple[int, int]:
+    """A number of nodes, or the least and the most as torchrun writes them: ``4:8``."""
+    first, colon, last = text.partition(":")
     if not colon:
         return _count(text)
-    if _count(least) != _count(most):
-        raise ValueError(f"elastic ranges ({text}) are not supported yet, give one number")
-    return int(most)
+    least, most = _count(first), _count(last)
+    if least > most:
+        raise ValueError(f"the range {text} has no nodes in it: the least comes first")
+    return most if least == most else (least, most)
 
 
 def _per_node(text: str) -> int | str:

@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .elastic import legal_nodes
 from .errors import JobError, Problem, did_you_mean
 from .formats import KNOWN, format_of, is_object, is_url, missing_package, no_such_source
 from .importing import find_object
 from .job import Job
 from .numerics import check_numerics
 from .parallel import microbatches_per_step
+from .recovery import RecoverySpec
 from .zero import check_zero
 
 _BUILT_IN_SOURCES = ("digits", "digits_scan", "iris", "wine", "breast_cancer", "diabetes", "stdlib_text")
@@ -40,7 +42,8 @@ def check_job(
     problems = [*_evaluation(job), *_watching(job), *_optimizers(job), *_overflows(job)]
     problems += [*check_numerics(job), *check_zero(job, world)]
     if world is not None:
-        problems += _batch(job, world)
+        problems += [*_batch(job, world), *_elastic(job, world // job.resources.nodes)]
+    problems += check_nodes(job.resources.nodes, job.recovery)
     return [*check_references(job, place, recipes=recipes), *_placed(problems, place)]
 
 
@@ -129,6 +132,29 @@ def _batch(job: Job, world: int) -> Iterator[Problem]:
         microbatches_per_step(train.microbatches, global_batch=train.global_batch, world=world, parallel=job.parallel)
     except JobError as error:
         yield from error.problems
+
+
+def check_nodes(nodes: int, recovery: RecoverySpec) -> Iterator[Problem]:
+    """What is wrong with a start on ``nodes`` nodes where their number may change."""
+    least, most = recovery.node_range or (nodes, nodes)
+    if not least <= nodes <= most:
+        what = f"the run is to start with {nodes} nodes, which is not within {recovery.nodes}"
+        yield Problem(what, "recovery.nodes", f"resources.nodes may be {least} to {most}")
+
+
+def _elastic(job: Job, ranks_per_node: int) -> Iterator[Problem]:
+    """Whether a job whose number of nodes may change can be dealt to the most, and to those that it starts with."""
+    if job.recovery.node_range is None:
+        return
+    try:
+        legal = legal_nodes(job, ranks_per_node)
+    except JobError as error:
+        yield from error.problems
+        return
+    if job.resources.nodes not in legal:
+        what = f"{job.resources.nodes} nodes cannot be dealt the microbatches of {job.recovery.node_range[1]}"
+        could = " or ".join(map(str, legal))
+        yield Problem(what, "recovery.nodes", f"{could} can; or set train.microbatches" if legal else "")
 
 
 def _evaluation(job: Job) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -23,6 +24,41 @@ class RecoverySpec(Spec):
     stall_at_start: Duration = 1800.0
     """The same before the third step of a start, and in its first evaluation and checkpoint, which may compile, load
     and allocate. Collectives wait for half an hour at most by themselves."""
+
+    spares: int = Field(default=0, ge=0)
+    """Nodes that are placed beside those that train and wait, ready to start ranks, to take the place of lost ones."""
+    nodes: str | None = None
+    """As 'least:most': how many nodes the run may go on with when some are lost and nothing takes their place. It grows
+    again when nodes come. With train.microbatches 'auto' there are as many as for the most nodes, at every size, so
+    that the numbers stay the same."""
+    node_wait: Duration = 60.0
+    """Longest wait for another node in the place of a lost one, where there is no spare."""
+
+    @field_validator("nodes", mode="before")
+    @classmethod
+    def _parse_nodes(cls, nodes: object) -> object:
+        if nodes is None:
+            return None
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", nodes) if isinstance(nodes, str) else None
+        if match is None:
+            raise ValueError(f"{nodes!r} is no range of nodes: write the least and the most, like '4:8' (with quotes)")
+        least, most = int(match[1]), int(match[2])
+        if not 1 <= least <= most:
+            raise ValueError(f"the range {nodes!r} has no nodes in it: the least comes first, and is 1 at least")
+        return f"{least}:{most}"
+
+    @property
+    def node_range(self) -> tuple[int, int] | None:
+        """Least and most nodes of :attr:`nodes`; None where their number is fixed."""
+        if self.nodes is None:
+            return None
+        least, _, most = self.nodes.partition(":")
+        return int(least), int(most)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the run is made for losing nodes, so that it does not count as a failure."""
+        return self.spares > 0 or self.nodes is not None
 
     @field_validator("stall", mode="before")
     @classmethod

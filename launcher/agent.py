@@ -8,6 +8,7 @@ and wait for news. Imports stay light (no torch): every node pays for them at st
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import selectors
 import signal
@@ -35,7 +36,11 @@ from .rundir import Record
 from .stacks import Look, look_at
 from .vitals import Vitals, examine
 
+BEAT = "beat"
+"""Concurrency group of :meth:`NodeAgent.beat`: a thread of its own, so that no other call can hold it up."""
+
 _TAIL_INTERVAL = 0.1
+_GLANCE = 1.0  # most seconds that count between two looks: an agent that was held up itself has not been left alone
 _MAX_QUEUED = 4 << 20
 
 
@@ -65,6 +70,8 @@ class NodeAgent:
         self._server: ForkServer | None = None
         self._selector = selectors.DefaultSelector()
         self._closing = False
+        self._lease = math.inf
+        self._alone = 0.0
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._terminated = self._notified = False
         if threading.current_thread() is threading.main_thread():
@@ -104,8 +111,16 @@ class NodeAgent:
             versions={"dltrain": __version__, "python": platform.python_version(), "ray": ray.__version__},
         )
 
-    def prepare(self, *, keep_warm: float, timeout: float) -> dict[str, Any]:
+    def beat(self) -> None:
+        """Say that this agent is there, and learn that the controller is."""
+        self._alone = 0.0
+
+    def prepare(self, *, keep_warm: float, timeout: float, lease: float) -> dict[str, Any]:
         """Connect to the machine's fork server, starting it if need be, and wait until it has imported torch.
+
+        Args:
+            lease: seconds without a call from the controller after which this node ends its ranks: it has been cut off,
+                and others may have taken their place.
 
         Raises:
             HostError: it did not come up in time; the text says why.
@@ -113,6 +128,7 @@ class NodeAgent:
         server = ForkServer.start(server_name(self._scope, self._environ), self._environ, timeout)
         facts = server.hello(keep_warm=keep_warm, timeout=timeout)
         self._server = server
+        self._lease = lease
         self._selector.register(server, selectors.EVENT_READ)
         threading.Thread(target=self._work, name="dltrain-agent-io", daemon=True).start()
         return facts
@@ -187,6 +203,7 @@ class NodeAgent:
         Raises:
             HostError: the fork server, or this agent's own thread, broke.
         """
+        self._alone = 0.0
         news = self._news
         with news.ready:
             if not news.events and not news.broken:
@@ -283,11 +300,17 @@ class NodeAgent:
 
     def _work(self) -> None:
         try:
+            looked = time.monotonic()
             while not self._closing:
                 self._selector.select(_TAIL_INTERVAL)
                 self._round()
+                looked, before = time.monotonic(), looked
+                self._alone = self._alone + min(looked - before, _GLANCE) if self._ranks else 0.0
+                if self._alone > self._lease:
+                    self.close()
+                    raise HostError(f"it heard nothing of the controller for {self._lease:g} s, and ended its ranks")
         except Exception as error:
-            if not self._closing:
+            if not self._closing or self._alone > self._lease:
                 with self._news.ready:
                     self._news.broken = str(error) if isinstance(error, HostError) else traceback.format_exc()
                     self._news.ready.notify_all()

@@ -6,14 +6,16 @@ import contextlib
 import io
 import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.export import export_weights
 from ..checkpoint.reader import catalogue, open_manifest
-from ..core.checks import check_job
+from ..core.checks import check_job, check_nodes
 from ..core.config import load_job
+from ..core.elastic import legal_nodes
 from ..core.errors import JobError, Problem, RunFailed
 from ..core.formats import is_url
 from ..core.job import CheckpointSpec, Job, Resources, TrackingSpec
@@ -22,14 +24,14 @@ from ..core.recovery import RecoverySpec
 from ..tracking.wandb_mode import api_key_present, resolve_mode
 from .carry import RunResult, Work, carry_out
 from .cluster import ClusterError
-from .demand import Demand, demand_here
+from .demand import Demand, demand_here, demand_on
 from .doctor import check_first
 from .generation import Program
 from .goodput import Goodput
 from .host import HostError
 from .interrupt import StopRequests
 from .messages import Target
-from .resume import checkpoint_url, decide_start, leased, open_storage
+from .resume import HeldLease, checkpoint_url, decide_start, leased, open_storage
 from .rundir import RunDir, check_parent
 from .session import Options, Session
 from .view import OutputRules, View, make_view
@@ -53,7 +55,7 @@ def launch(
     job = job if isinstance(job, Job) else load_job(None, flags=dict(job or {})).job
     options = options or Options()
     runs = Path(options.runs)
-    demand = demand_here(job.resources) if options.address is None else None
+    demand = demand_here(job.resources, job.recovery.spares) if options.address is None else None
     _refuse(check_job(job, world=demand.world if demand else None))
     _check_tracking(job.tracking)
     check_parent(runs)
@@ -62,14 +64,15 @@ def launch(
     start = decide_start(job, runs=runs, resume=options.resume, init_from=options.init_from, on_message=notes.append)
     with contextlib.closing(start):
         view = make_view(script=False, rules=OutputRules(), quiet=options.quiet)
-        with _session(options, job.resources, job.recovery, demand, view) as (session, stop):
+        sizes = partial(legal_nodes, job)
+        with _session(options, job.resources, job.recovery, demand, view, sizes) as (session, stop):
             for note in notes:
                 view.note(note)
             data = job.model_dump(mode="json")
             session.begin_check(data)
             session.connect(view.phase)
             if demand is None:  # only now is the number of ranks known
-                _refuse(check_job(job, world=session.demand.world))
+                _refuse(check_job(job, world=job.resources.nodes * session.demand.ranks))
             session.place(view.phase)
             _refuse(session.check(data))
             _preflight(session, job.checkpoint, job.tracking, runs, view)
@@ -119,8 +122,11 @@ def launch_script(
     view = make_view(script=True, rules=rules, quiet=options.quiet)
     goodput = Goodput(time.time())
     name = script_name(target)
-    demand = demand_here(resources) if options.address is None else None
-    with _session(options, resources, recovery, demand, view) as (session, stop):
+    _refuse(list(check_nodes(resources.nodes, recovery)))
+    demand = demand_here(resources, recovery.spares) if options.address is None else None
+    least, most = recovery.node_range or (resources.nodes, resources.nodes)
+    sizes = tuple(range(least, most + 1))
+    with _session(options, resources, recovery, demand, view, lambda _: sizes) as (session, stop):
         session.connect(view.phase)
         session.place(view.phase)
         _preflight(session, CheckpointSpec(), tracking, runs, view)
@@ -153,12 +159,18 @@ def launch_script(
 
 @contextlib.contextmanager
 def _session(
-    options: Options, resources: Resources, recovery: RecoverySpec, demand: Demand | None, view: View
+    options: Options,
+    resources: Resources,
+    recovery: RecoverySpec,
+    demand: Demand | None,
+    view: View,
+    sizes: Callable[[int], tuple[int, ...]],
 ) -> Generator[tuple[Session, StopRequests]]:
     """A session with Ctrl-C and its like turned into requests; infrastructure trouble is a failed run."""
+    ask = partial(demand_on, spares=recovery.spares, sizes=sizes if recovery.node_range else lambda _: ())
     try:
         with StopRequests() as stop:
-            session = Session(options, resources, recovery, stop, demand)
+            session = Session(options, resources, recovery, stop, demand, ask=ask, sizes=sizes)
             with session:
                 yield session, stop
     except (ClusterError, HostError) as error:
@@ -188,7 +200,7 @@ def _work(
     run: RunDir,
     urls: tuple[str, ...],
     options: Options,
-    lease: str,
+    lease: HeldLease,
     session: Session,
 ) -> Work:
     """The job as a run to carry out; its checkpoints go to the first of ``urls``."""
@@ -200,7 +212,7 @@ def _work(
             "checkpoint_url": urls[0],
             "restore_urls": list(urls),
             "tracking": {"wandb_run_id": run.record.id},
-            "lease": lease,
+            "lease": lease.token,
             "init_from": run.record.init,
         },
         cwd=str(Path.cwd()),
@@ -220,9 +232,10 @@ def _work(
         facts={
             "recipe": job.recipe,
             "data": job.data.source,
-            "ranks": f"{job.resources.nodes} nodes × {session.demand.ranks}",
+            "ranks": f"{session.demand.nodes} nodes × {session.demand.ranks}",
         },
         again="without '--resume never' it" if options.resume == "never" else "the same command",
+        fence=lease.fence,
         after=lambda: _export(job, urls[0], run),
     )
 

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,10 @@ from .generation import Program
 from .goodput import Goodput
 from .interrupt import StopRequests
 from .live import Live
+from .messages import NodeInfo
 from .metrics import Metrics
 from .policy import Action
+from .roster import Roster
 from .rundir import RunDir, State, describe_environment
 from .session import Session
 from .view import View, duration
@@ -57,7 +59,7 @@ class RunResult:
     restarts: int = 0
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     pass
 
 
@@ -71,6 +73,7 @@ class Work:
         logs: folder for the ranks' logs.
         again: what goes on with the run once it was stopped, in words.
         after: called when the program has finished.
+        fence: called with the number of a generation, before it starts, when an older one may still be alive somewhere.
     """
 
     run: RunDir
@@ -82,6 +85,7 @@ class Work:
     facts: dict[str, str] = field(default_factory=dict[str, str])
     again: str = "the same command"
     after: Callable[[], None] = _nothing
+    fence: Callable[[int], None] = _nothing
 
 
 def carry_out(work: Work, session: Session, view: View, stop: StopRequests, goodput: Goodput) -> RunResult:
@@ -146,13 +150,25 @@ def _finish(
 
 
 def _drive(work: Work, session: Session, view: View, stop: StopRequests, goodput: Goodput, metrics: Metrics) -> Ending:
-    nodes = session.cluster.nodes
-    hosts = [
-        {"node": n.node, "hostname": n.hostname, "address": n.address, "cores": len(n.cores), "gpus": list(n.gpus)}
-        for n in nodes
-    ]
-    work.run.write("environment.json", json.dumps(describe_environment(hosts), indent=2) + "\n")
-    view.nodes(nodes, session.demand.ranks)
+    environment = describe_environment([])
+    roster = Roster(session, enlist=lambda agent: session.enlist(agent, work.run, work.logs), say=view.note)
+
+    def show_nodes(nodes: Sequence[NodeInfo]) -> None:
+        hosts = [
+            {
+                "node": node.node,
+                "hostname": node.hostname,
+                "address": node.address,
+                "cores": len(node.cores),
+                "gpus": list(node.gpus),
+                "agent": node.pid,
+            }
+            for node in nodes
+        ]
+        work.run.write("environment.json", json.dumps(environment | {"hosts": hosts}, indent=2) + "\n")
+        view.nodes(nodes, session.demand.ranks)
+
+    show_nodes(session.cluster.nodes)
     controller = Controller(
         session.cluster,
         work.program,
@@ -165,10 +181,14 @@ def _drive(work: Work, session: Session, view: View, stop: StopRequests, goodput
         stop=stop,
         logs=work.logs,
         environ=session.environ,
+        roster=roster,
+        show_nodes=show_nodes,
+        fence=work.fence,
         master_addr=session.options.master_addr,
         master_port=session.options.master_port,
     )
-    return controller.run()
+    with roster:
+        return controller.run()
 
 
 def _raise_unless_finished(ending: Ending, work: Work, stop: StopRequests) -> None:

@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from ..core.errors import DltrainError, JobError, Problem
 from . import untyped
-from .agent import NodeAgent
+from .agent import BEAT, NodeAgent
 from .daemons import Daemons, children_lead_groups
 from .demand import Demand, Machine, words
 from .janitor import sweep
@@ -35,6 +35,24 @@ class ClusterError(DltrainError):
     """The cluster could not be started, reached, or held."""
 
 
+@dataclass(eq=False)
+class Seat:
+    """Resources that are reserved for one node, and the agent that has them, if one does."""
+
+    group: Any
+    index: int
+    agent: Any = None
+
+
+@dataclass(frozen=True)
+class Hiring:
+    """What every node agent is made with: resources, the fork server's scope, the launch's environment."""
+
+    demand: Demand
+    scope: str
+    environ: dict[str, str]
+
+
 @dataclass
 class Cluster:
     """A connection to Ray with one agent per node. Use as a context manager; leaving it gives everything back."""
@@ -46,10 +64,13 @@ class Cluster:
     interrupted: Callable[[], None] = lambda: None
     """Called while waiting; raises to give up the wait."""
     agents: list[Any] = field(default_factory=list[Any])
+    """Of the nodes that train, in order of their numbers; of the spare ones too until the controller begins."""
     nodes: list[NodeInfo] = field(default_factory=list[NodeInfo])
+    """What the agents say of their machines."""
     folder: Path | None = None
     """The embedded cluster's temporary folder."""
-    _group: Any = None
+    _seats: list[Seat] = field(default_factory=list[Seat])
+    _hiring: Hiring | None = None
     _connected: bool = False
     _daemons: Daemons | None = None
 
@@ -111,29 +132,86 @@ class Cluster:
             ClusterError: there was no room within the timeout, because the cluster is busy.
         """
         from ray.util.placement_group import placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         ray = untyped.ray()
-        embedded = self.address is None
         bundle = demand.bundle
         strategy = "STRICT_SPREAD" if demand.spread else "PACK"
-        self._group = placement_group([bundle] * demand.nodes, strategy=strategy)
+        group = placement_group([bundle] * demand.places, strategy=strategy)
+        self._hiring = Hiring(demand, scope, environ)
+        self._seats = [Seat(group, index) for index in range(demand.places)]
         deadline = time.monotonic() + self.timeout
-        while not self._group.wait(_SLICE):
+        while not group.wait(_SLICE):
             self.interrupted()
             if time.monotonic() < deadline:
                 continue
             raise ClusterError(
-                f"the cluster did not free {demand.nodes} × {words(bundle)} within {self.timeout:g} s; "
+                f"the cluster did not free {demand.places} × {words(bundle)} within {self.timeout:g} s; "
                 f"free now: {words(ray.available_resources())}"
             )
-        agent = ray.remote(NodeAgent)
-        for node in range(demand.nodes):
-            here = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=node)
-            options = agent.options(
-                num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), max_concurrency=8, scheduling_strategy=here
-            )
-            self.agents.append(options.remote(node, scope, environ, embedded))
+        self.agents = [self.hire(seat) for seat in self._seats]
+
+    def hire(self, seat: Seat) -> Any:
+        """Create an agent on a free seat."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        assert self._hiring is not None
+        bundle = self._hiring.demand.bundle
+        here = PlacementGroupSchedulingStrategy(seat.group, placement_group_bundle_index=seat.index)
+        agent = untyped.ray().remote(concurrency_groups={BEAT: 1})(NodeAgent)
+        options = agent.options(
+            num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), max_concurrency=8, scheduling_strategy=here
+        )
+        number, embedded = self._seats.index(seat), self.address is None
+        seat.agent = options.remote(number, self._hiring.scope, self._hiring.environ, embedded)
+        return seat.agent
+
+    def dismiss(self, agent: Any) -> None:
+        """End an agent, whatever state it is in; its ranks end with it, and its seat is free."""
+        with contextlib.suppress(Exception):  # one that is gone already
+            untyped.ray().kill(agent)
+        for seat in self._seats:
+            if seat.agent is agent:
+                seat.agent = None
+
+    def free_seats(self) -> list[tuple[Seat, str]]:
+        """Seats without an agent that lie on a living machine, with Ray's name of it."""
+        ray_groups: Any = importlib.import_module("ray.util.placement_group")  # its table is not typed
+        alive = {node["NodeID"] for node in untyped.ray().nodes() if node["Alive"]}
+        found: list[tuple[Seat, str]] = []
+        for seat in self._seats:
+            if seat.agent is None:
+                table: dict[str, Any] = ray_groups.placement_group_table(seat.group)
+                machine: str = table["bundles_to_node_id"].get(seat.index, "")
+                if machine in alive and table["state"] in ("CREATED", "RESCHEDULING"):
+                    found.append((seat, machine))
+        return found
+
+    def has_room(self, avoid: Collection[str]) -> bool:
+        """Whether another machine could hold one more node, if what it has is not in use."""
+        assert self._hiring is not None
+        bundle = self._hiring.demand.bundle
+        machines = [
+            node["Resources"] for node in untyped.ray().nodes() if node["Alive"] and node["NodeID"] not in avoid
+        ]
+        return any(all(machine.get(name, 0) >= need for name, need in bundle.items()) for machine in machines)
+
+    def ask_for_seat(self, avoid: Collection[str]) -> Seat:
+        """Have Ray look for resources for one more node, on none of the machines ``avoid`` names; it may take long."""
+        from ray.util.placement_group import placement_group
+
+        assert self._hiring is not None
+        selector = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else {}
+        seat = Seat(placement_group([self._hiring.demand.bundle], bundle_label_selector=[selector]), 0)
+        self._seats.append(seat)
+        return seat
+
+    def give_up(self, seat: Seat) -> None:
+        """Stop looking for the resources of a seat that was asked for."""
+        from ray.util.placement_group import remove_placement_group
+
+        self._seats.remove(seat)
+        with contextlib.suppress(Exception):
+            remove_placement_group(seat.group)
 
     def number(self, nodes: Sequence[NodeInfo]) -> None:
         """Number nodes and agents as people expect: this machine's first, then by address. Ray places them anyhow."""
@@ -182,7 +260,7 @@ class Cluster:
 
     def close(self) -> None:
         """Give back what was taken of an existing cluster, or end the embedded one; the ranks end with their agents."""
-        if self.folder is None and self.agents:
+        if self.folder is None and self._seats:
             self._dismiss()
         if self._connected:
             _let_ray_print(True)
@@ -195,15 +273,14 @@ class Cluster:
     def _dismiss(self) -> None:
         ray = untyped.ray()
         with contextlib.suppress(Exception):  # an agent that is gone needs no goodbye
-            ray.get([agent.close.remote() for agent in self.agents], timeout=5)
-        for agent in self.agents:
-            with contextlib.suppress(Exception):
-                ray.kill(agent)
-        if self._group is not None:
-            from ray.util.placement_group import remove_placement_group
+            ray.get([seat.agent.close.remote() for seat in self._seats if seat.agent is not None], timeout=5)
+        from ray.util.placement_group import remove_placement_group
 
+        for seat in self._seats:
             with contextlib.suppress(Exception):
-                remove_placement_group(self._group)
+                ray.kill(seat.agent)
+            with contextlib.suppress(Exception):
+                remove_placement_group(seat.group)
 
 
 def loss_of(error: Exception) -> str:
@@ -256,8 +333,8 @@ def _start(demand: Demand, common: dict[str, Any], folder: Path) -> None:
         with children_lead_groups():
             untyped.ray().init(
                 address="local",
-                num_cpus=demand.cpus * demand.nodes,
-                num_gpus=demand.gpus * demand.nodes,
+                num_cpus=demand.cpus * demand.places,
+                num_gpus=demand.gpus * demand.places,
                 include_dashboard=False,
                 object_store_memory=_RAY_OBJECT_STORE,
                 _temp_dir=str(folder),

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import signal
 import time
-from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.persister import AFTERLIFE
-from ..core.errors import DltrainError, Problem
+from ..core.errors import Problem
 from ..core.recovery import RecoverySpec
 from . import untyped
-from .cluster import Cluster, loss_of
+from .cluster import Cluster, ClusterError, loss_of
 from .failure import Report, blamed
 from .generation import Generation, Program, plan_generation
 from .goodput import Goodput
 from .intake import Intake
 from .interrupt import StopRequests
-from .messages import AgentReport
+from .messages import AgentReport, NodeInfo
 from .metrics import Metrics
-from .policy import Decision, History, RankFailure, Status, decide
+from .policy import Decision, History, Status, decide
+from .roster import Roster
 from .rundir import RunDir
 from .stacks import Look
 from .stall import StallWatch, stalled, tell_stall
+from .succession import Succession
 from .view import View
 
 _POLL = 0.5
@@ -35,6 +37,7 @@ _DRAIN = 10.0
 _ASK = 10.0
 _PATIENCE = 3.0  # seconds that are waited without a word
 _LOOK = 2.0
+_FRUITFUL = 60.0  # seconds that a generation without steps of ours lives, if it is not lost at its start
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ class Controller:
         stop: StopRequests,
         logs: Path,
         environ: dict[str, str],
+        roster: Roster,
+        show_nodes: Callable[[Sequence[NodeInfo]], None],
+        fence: Callable[[int], None],
         master_addr: str | None = None,
         master_port: int = 0,
     ) -> None:
@@ -73,7 +79,10 @@ class Controller:
         self._metrics, self._goodput, self._view, self._stop = metrics, goodput, view, stop
         self._logs, self._environ = logs, environ
         self._master_addr, self._master_port = master_addr, master_port
-        self._polls: dict[Any, int] = {}
+        self._roster, self._show_nodes = roster, show_nodes
+        self._fence = fence
+        self._succession = Succession(roster, recovery, view=view, stop=stop, meanwhile=metrics.tick)
+        self._polls: dict[Any, Any] = {}
         self._heard: dict[int, float] = {}
         self._intake = Intake(
             run,
@@ -87,65 +96,75 @@ class Controller:
 
     def run(self) -> Ending:
         """Start generations until the policy says that it is over."""
-        culprits: deque[RankFailure | None] = deque()
-        restarts = 0
-        number = self._run.record.generations
+        history = History(self._recovery.max_restarts, replaces=self._recovery.replaces)
+        number, restarts = self._run.record.generations, 0
         while True:
             self._run.update(generations=number + 1)
             generation = self._start(number, restart=restarts)
-            history = History(self._recovery.max_restarts, tuple(culprits))
+            nodes = self._cluster.nodes
             decision = self._watch(generation, history)
             self._end(generation, decision)
-            if decision.action in ("fail", "restart") or decision.signum:
-                self._write_report(generation, decision)
             number += 1
             self._run.update(step=self._metrics.last_step)
-            if decision.action != "restart":
-                return Ending(
-                    decision,
-                    self._intake.last_words,
-                    self._intake.reports.newest,
-                    restarts,
-                    tuple(generation.refused),
-                )
-            restarts += 1
+            changed = ""
+            if decision.action in ("restart", "regroup"):
+                decision, changed = self._succession.settle(generation, decision)
+            if decision.action in ("fail", "restart") or decision.signum:
+                self._write_report(generation, decision, nodes, changed)
+            if decision.action not in ("restart", "regroup"):
+                said, report = self._intake.last_words, self._intake.reports.newest
+                return Ending(decision, said, report, restarts, tuple(generation.refused))
+            restarts += decision.action == "restart"
+            fruitful = self._metrics.last_step > generation.step or time.monotonic() - generation.since > _FRUITFUL
+            history = history.after(decision, lost=bool(generation.lost), fruitful=fruitful)
             self._goodput.restart()
-            again = "starting all ranks again"
-            if decision.counts:
-                culprits.append(decision.culprit)
-                again += f" ({len(culprits)} of {history.max_restarts})"
-            self._view.note(f"{decision.reason}; {again}; report: {self._intake.reports.newest}")
+            if generation.lost:
+                self._fence(number)  # what runs on a lost node may only be out of reach
+            self._tell(decision, changed, history)
+
+    def _tell(self, decision: Decision, changed: str, history: History) -> None:
+        """Say how it goes on, and with which nodes."""
+        if changed:
+            self._show_nodes(self._cluster.nodes)
+        again = "starting all ranks again"
+        if decision.counts:
+            again += f" ({len(history.culprits)} of {history.max_restarts})"
+        report = f"report: {self._intake.reports.newest}" if decision.action == "restart" else ""
+        self._view.note("; ".join(filter(None, [decision.reason, changed, again, report])))
 
     # ---- starting
 
     def _start(self, number: int, *, restart: int) -> Generation:
         cluster = self._cluster
         nodes = cluster.nodes
+        generation = Generation(number, len(nodes) * self._nproc, self._nproc, step=self._metrics.last_step)
+        limit = self._recovery.stall if self._program.kind == "worker" else "never"
+        self._intake.begin(generation.world, StallWatch(limit, self._recovery.stall_at_start))
         self._view.phase("starting ranks")
         embedded = len({node.ray_node for node in nodes}) == 1
         address = self._master_addr or ("127.0.0.1" if embedded else nodes[0].address)
         timeout = self._recovery.start_timeout
         store = cluster.agents[0].open_store.remote(address, self._master_port, timeout)
-        port = cluster.gather(
-            [store], waiting_for=f"a rendezvous store on {address}:{self._master_port or 'a free port'}"
-        )
+        where = f"{address}:{self._master_port or 'a free port'}"
+        ports = self._gather(generation, {0: store}, f"a rendezvous store on {where}", timeout)
+        if not ports:
+            generation.closed = set(range(generation.world))  # none was started
+            return generation
         plans = plan_generation(
             self._program,
             nodes,
             nproc=self._nproc,
             generation=number,
             restart=restart,
-            master=(address, port[0]),
+            master=(address, ports[0]),
             logs=self._logs,
             environ=self._environ,
         )
-        starts = [agent.start.remote(number, plan) for agent, plan in zip(cluster.agents, plans, strict=True)]
-        cluster.gather(starts, waiting_for="forking ranks")
-        limit = self._recovery.stall if self._program.kind == "worker" else "never"
-        watched = StallWatch(limit, self._recovery.stall_at_start)
-        self._intake.begin(len(nodes) * self._nproc, watched)
+        pairs = enumerate(zip(cluster.agents, plans, strict=True))
+        starts = {node: agent.start.remote(number, plan) for node, (agent, plan) in pairs}
+        self._gather(generation, starts, "forking ranks", timeout)
         self._heard = dict.fromkeys(range(len(nodes)), time.monotonic())
-        return Generation(number, len(nodes) * self._nproc, self._nproc)
+        return generation
 
     # ---- watching
 
@@ -158,6 +177,7 @@ class Controller:
             self._metrics.tick()
             self._settle()
             self._look_for_stall(generation)
+            self._look_for_nodes(generation, history)
             if self._stop.count and told_to_stop is None:
                 told_to_stop = time.monotonic()
                 self._ask_to_stop(generation)
@@ -191,6 +211,7 @@ class Controller:
             stop_asked=self._stop.count > 0,
             preempted=generation.preempted,
             stall=generation.standstill.stall if generation.standstill else None,
+            regroup=generation.regrouping,
         )
 
     def _look_for_stall(self, generation: Generation) -> None:
@@ -213,6 +234,19 @@ class Controller:
         elif still := [place for place in places if (place.rank, place.order) in [(at.rank, at.order) for at in told]]:
             self._view.note("\n".join(tell_stall(places, looks, time.time(), hindmost=still).words()))
 
+    def _look_for_nodes(self, generation: Generation, history: History) -> None:
+        """Where lost nodes are replaced, look after those that wait; where the run could have more, have ranks save."""
+        if not history.replaces and not history.max_restarts:
+            return
+        self._roster.tick()
+        steady = not (generation.casualties or generation.lost or self._stop.count or generation.regrouping)
+        now, better = len(self._cluster.agents), self._roster.better()
+        begun = len(generation.started) == generation.world
+        if steady and begun and better > now and self._program.kind == "worker":
+            generation.regrouping = True
+            self._view.note(f"there are {better} nodes now instead of {now}: saving a checkpoint to go on with all")
+            self._ask(generation, "tell", {"t": "stop"}, waiting_for="passing on the stop")
+
     def _ask_to_stop(self, generation: Generation) -> None:
         grace = self._recovery.stop_grace
         if self._program.kind == "worker":
@@ -224,30 +258,52 @@ class Controller:
 
     def _ask(self, generation: Generation, method: str, *args: Any, waiting_for: str) -> dict[int, Any]:
         """Call a method of every agent that is there; the answers by node. One that is gone is noted as lost."""
-        answers: dict[int, Any] = {}
         agents = enumerate(self._cluster.agents)
         refs = {node: getattr(agent, method).remote(*args) for node, agent in agents if node not in generation.lost}
-        for node, ref in refs.items():
-            try:
-                answers[node] = self._cluster.gather([ref], waiting_for=waiting_for, timeout=_ASK)[0]
-            except DltrainError as error:
-                generation.lost[node] = str(error)
+        return self._gather(generation, refs, waiting_for, _ASK)
+
+    def _gather(self, generation: Generation, refs: dict[int, Any], waiting_for: str, timeout: float) -> dict[int, Any]:
+        """The answers by node. One that gives none, or is gone meanwhile, is noted as lost.
+
+        Raises:
+            ClusterError: one could not do it for want of something on its machine.
+        """
+        ray = untyped.ray()
+        deadline = time.monotonic() + timeout
+        answers: dict[int, Any] = {}
+        while left := {node: ref for node, ref in refs.items() if node not in answers and node not in generation.lost}:
+            for ref in ray.wait(list(left.values()), num_returns=len(left), timeout=_POLL / 2)[0]:
+                node = next(node for node in left if left[node] == ref)
+                try:
+                    answers[node] = ray.get(ref)
+                except ray.exceptions.RayError as error:
+                    if isinstance(getattr(error, "cause", None), OSError):  # what was asked for cannot be had
+                        raise ClusterError(f"node {node}: {waiting_for}: {error.cause}") from error
+                    generation.lose({node: f"{loss_of(error)}\n({waiting_for})"})
+            generation.lose(self._roster.silent(self._intake.watched.still()))
+            if time.monotonic() > deadline:
+                late = f"its agent gave no answer within {timeout:g} s: {waiting_for}"
+                generation.lose({node: late for node in left if node not in answers})
         return answers
 
     def _hear(self, generation: Generation) -> None:
         """One round of polls: whatever the agents have to tell, waiting a fraction of a second for the first."""
         ray = untyped.ray()
         for node, agent in enumerate(self._cluster.agents):
-            if node not in self._polls.values() and node not in generation.lost:
-                self._polls[agent.poll.remote(_POLL)] = node
+            if node not in generation.lost and all(polled is not agent for polled in self._polls.values()):
+                self._polls[agent.poll.remote(_POLL)] = agent
         ready, _ = ray.wait(list(self._polls), timeout=_POLL / 2)
         for ref in ready:
-            node = self._polls.pop(ref)
+            agent = self._polls.pop(ref)
+            node = next((node for node, known in enumerate(self._cluster.agents) if known is agent), None)
+            if node is None:  # its place was taken
+                continue
             try:
                 report: AgentReport = ray.get(ref)
             except ray.exceptions.RayError as error:
-                generation.lost[node] = loss_of(error)
+                generation.lose({node: loss_of(error)})
                 continue
+            self._roster.heartbeats.heard(agent)
             self._heard[node] = time.monotonic()
             self._view.beats(node, report.beats)
             self._intake.watched.take(node, report.beats, time.monotonic())
@@ -256,7 +312,8 @@ class Controller:
                     self._intake.take(generation, self._cluster.nodes[node], event)
         for node, at in self._heard.items():
             if time.monotonic() - at > _SILENCE:
-                generation.lost.setdefault(node, f"its agent has not answered for {_SILENCE:g} s")
+                generation.lose({node: f"its agent has told nothing for {_SILENCE:g} s"})
+        generation.lose(self._roster.silent(self._intake.watched.still()))
 
     # ---- ending
 
@@ -299,10 +356,12 @@ class Controller:
         while generation.present() and time.monotonic() < deadline and self._stop.count < 3:
             self._hear(generation)
 
-    def _write_report(self, generation: Generation, decision: Decision) -> None:
-        action = "all ranks were started again" if decision.action == "restart" else "the run was ended"
+    def _write_report(
+        self, generation: Generation, decision: Decision, nodes: Sequence[NodeInfo], changed: str
+    ) -> None:
+        done = "all ranks were started again" if decision.action == "restart" else "the run was ended"
         if decision.signum and "saved" in self._intake.last_words:
-            action += f"; it goes on from step {self._intake.last_words['saved']}"
+            done += f"; it goes on from step {self._intake.last_words['saved']}"
         standstill = generation.standstill
         logs = partial(self._intake.log_dir, generation)
         casualties = list(generation.casualties.values()) or blamed(standstill, logs)
@@ -311,10 +370,11 @@ class Controller:
             generation.number,
             decision,
             sorted(casualties, key=lambda casualty: casualty.failure.order),
-            self._cluster.nodes,
+            nodes,
             generation.lost,
-            action,
+            "; ".join(filter(None, [changed, done])),
             standstill,
             reached=max(0, self._metrics.last_step, *steps),
+            at=decision.culprit.at if decision.culprit else generation.lost_at or time.time(),
         )
         self._intake.reports.write(report, evidence=self._program.kind != "script")  # a script's output has been shown

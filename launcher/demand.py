@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ..core.errors import JobError, Problem
 from ..core.job import Resources
@@ -18,11 +19,12 @@ class Demand:
     """What a run asks for.
 
     Attributes:
-        nodes: number of nodes.
+        nodes: number of nodes that train.
         ranks: ranks per node.
         cpus: CPUs to reserve per node.
         gpus: GPUs to reserve per node: one for each rank, or none.
         spread: whether each node gets a machine of its own.
+        spares: nodes beside them that wait to take the place of lost ones.
     """
 
     nodes: int
@@ -30,6 +32,12 @@ class Demand:
     cpus: int
     gpus: int
     spread: bool
+    spares: int = 0
+
+    @property
+    def places(self) -> int:
+        """Number of nodes to place."""
+        return self.nodes + self.spares
 
     @property
     def world(self) -> int:
@@ -42,41 +50,63 @@ class Demand:
         return {"CPU": float(self.cpus), **({"GPU": float(self.gpus)} if self.gpus else {})}
 
 
-def demand_here(resources: Resources) -> Demand:
+def demand_here(resources: Resources, spares: int = 0) -> Demand:
     """What to ask of an embedded cluster. It counts as many CPUs as it is asked for; GPUs it cannot invent.
 
     Raises:
         JobError: it asks for more GPUs or machines than there are.
     """
     here = {"CPU": float(usable_cpus()), "GPU": float(len(visible_gpus()))}
-    if resources.placement == "spread" and resources.nodes > 1:
+    if resources.placement == "spread" and resources.nodes + spares > 1:
         what = f"this is one machine, and {resources.nodes} nodes are to be on a machine of their own each"
         raise JobError(Problem(what, "resources.placement", "--address joins a cluster of several"))
-    demand = _demand(resources, [here], spread=False)
-    if demand.gpus * demand.nodes > here["GPU"]:
-        what = f"{demand.nodes} × {demand.ranks} ranks take a GPU each, and this machine has {here['GPU']:g}"
+    demand = _demand(resources, [here], spread=False, spares=spares)
+    if demand.gpus * demand.places > here["GPU"]:
+        what = f"{demand.places} × {demand.ranks} ranks take a GPU each, and this machine has {here['GPU']:g}"
         raise JobError(Problem(what, "resources.nproc_per_node", "CUDA_VISIBLE_DEVICES= hides them and trains on CPUs"))
     return demand
 
 
-def demand_on(resources: Resources, machines: Sequence[Machine]) -> Demand:
+def demand_on(
+    resources: Resources,
+    machines: Sequence[Machine],
+    spares: int = 0,
+    sizes: Callable[[int], Sequence[int]] = lambda ranks: (),
+) -> Demand:
     """What to ask of an existing cluster.
+
+    Args:
+        sizes: from the ranks of a node to the numbers of nodes that the run may begin with where there are too few.
 
     Raises:
         JobError: the cluster can never hold it, whether or not it is busy now.
     """
-    demand = _demand(resources, machines, spread=resources.placement != "pack")
-    fit = _room(machines, demand.bundle, spread=demand.spread)
-    if fit >= demand.nodes:
-        return demand
+    spread = resources.placement != "pack"
+    try:
+        demand = _demand(resources, machines, spread=spread, spares=spares)
+        fit = _room(machines, demand.bundle, spread=spread)
+        if fit < demand.places:
+            raise _no_room(demand, machines, fit)
+    except JobError:
+        for nodes in range(resources.nodes, 0, -1):
+            with contextlib.suppress(JobError):
+                smaller = _demand(resources.model_copy(update={"nodes": nodes}), machines, spread=spread, spares=0)
+                left = _room(machines, smaller.bundle, spread=spread) - nodes
+                if left >= 0 and nodes in sizes(smaller.ranks):
+                    return replace(smaller, spares=min(spares, left))
+        raise
+    return demand
+
+
+def _no_room(demand: Demand, machines: Sequence[Machine], fit: int) -> JobError:
     what = (
-        f"the cluster has room for {fit} of {demand.nodes} nodes of {words(demand.bundle)}"
+        f"the cluster has room for {fit} of {demand.places} nodes of {words(demand.bundle)}"
         f" (machines: {'; '.join(words(machine) for machine in machines)})"
     )
     hint = "fewer --nodes, a smaller --nproc-per-node"
-    if demand.spread and _room(machines, demand.bundle, spread=False) >= demand.nodes:
+    if demand.spread and _room(machines, demand.bundle, spread=False) >= demand.places:
         hint = "--placement pack lets logical nodes share a machine"
-    raise JobError(Problem(what, "resources.nodes", hint))
+    return JobError(Problem(what, "resources.nodes", hint))
 
 
 def words(resources: Machine) -> str:
@@ -84,9 +114,9 @@ def words(resources: Machine) -> str:
     return ", ".join(f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)) or "nothing"
 
 
-def _demand(resources: Resources, machines: Sequence[Machine], *, spread: bool) -> Demand:
+def _demand(resources: Resources, machines: Sequence[Machine], *, spread: bool, spares: int) -> Demand:
     """``nproc_per_node`` in numbers. Its words mean what torchrun means, but for logical nodes that share a machine."""
-    nodes = resources.nodes
+    nodes = resources.nodes + spares
     gpus = _most_per_node("GPU", machines, nodes=nodes, spread=spread)
     match resources.nproc_per_node:
         case "cpu":
@@ -99,7 +129,7 @@ def _demand(resources: Resources, machines: Sequence[Machine], *, spread: bool) 
         case number:
             ranks = number
             gpus = number if any(machine.get("GPU", 0) >= 1 for machine in machines) else 0
-    return Demand(nodes, ranks, ranks * (resources.cpus_per_rank or 1), gpus, spread)
+    return Demand(resources.nodes, ranks, ranks * (resources.cpus_per_rank or 1), gpus, spread, spares)
 
 
 def _most_per_node(name: str, machines: Sequence[Machine], *, nodes: int, spread: bool) -> int:

@@ -130,6 +130,7 @@ class Report:
         action: what was done about it.
         standstill: if it is a stall: where the living ranks were, and what was seen of them.
         reached: completed steps at the failure.
+        at: Unix time of the failure in seconds.
         checkpoint: step of the newest checkpoint then; None where there was none.
         cost: known once a new step has been made.
     """
@@ -142,6 +143,7 @@ class Report:
     action: str
     standstill: Standstill | None = None
     reached: int = 0
+    at: float = 0.0
     checkpoint: int | None = None
     cost: Cost | None = None
 
@@ -165,7 +167,7 @@ class Report:
         return "\n".join(line.rstrip() for line in lines) + "\n"
 
     def _headline(self) -> str:
-        if not self.decision.counts or self.decision.signum:
+        if (not self.decision.counts and not self.lost) or self.decision.signum:
             return "Preempted"
         if self.decision.action == "fail":
             return "The run failed"

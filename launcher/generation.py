@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.lease import of_generation
 from ..core.errors import Problem
 from .failure import Casualty
 from .machine import share_cores
@@ -35,6 +37,13 @@ class Generation:
     """Ranks that somebody else wants to end, with the signal that told them."""
     refused: list[Problem] = field(default_factory=list[Problem])
     lost: dict[int, str] = field(default_factory=dict[int, str])
+    lost_at: float = 0.0
+    """Unix time in seconds at which the first lost node was noticed."""
+    step: int = -1
+    """The newest step in the metrics as it was started."""
+    since: float = field(default_factory=time.monotonic)
+    regrouping: bool = False
+    """Its ranks were asked to save and end, to go on with more nodes."""
     standstill: Standstill | None = None
     ending: bool = False
     """The controller is ending it: exits from now on are its own doing."""
@@ -42,6 +51,12 @@ class Generation:
     def present(self) -> set[int]:
         """Ranks that may still say something: not closed, and not on a lost node."""
         return {r for r in range(self.world) if r not in self.closed and r // self.nproc not in self.lost}
+
+    def lose(self, lost: Mapping[int, str]) -> None:
+        """Note that nodes are lost, and why; what was known of one before stays."""
+        if lost and not self.lost:
+            self.lost_at = time.time()
+        self.lost = {**lost, **self.lost}
 
     def alive(self) -> set[int]:
         """Ranks that still run, as far as is known."""
@@ -62,6 +77,11 @@ class Program:
     cpus_per_rank: int | None = None
     remedies: tuple[str, ...] = ()
     """What would let ranks hold less memory."""
+
+    def body_of(self, generation: int) -> dict[str, Any]:
+        """The entry's arguments for the ranks of a generation: their lease is good until the next one is fenced off."""
+        lease = {"lease": of_generation(self.body["lease"], generation)} if self.kind == "worker" else {}
+        return self.body | lease
 
 
 def plan_generation(
@@ -110,7 +130,7 @@ def plan_generation(
                 threads=int(env["OMP_NUM_THREADS"]) if env["OMP_NUM_THREADS"].isdecimal() else None,
                 cpus=cpus,
                 fresh=program.fresh,
-                body=program.body,
+                body=program.body_of(generation),
             )
             folder = logs / f"attempt-{generation}" / f"rank-{rank}"
             plans[-1].append(RankPlan(rank, local, child, str(folder)))

@@ -52,6 +52,7 @@ class Live(View):
 
     def nodes(self, nodes: Sequence[NodeInfo], nproc: int) -> None:
         self._inner.nodes(nodes, nproc)
+        self._beats.clear()
         self._write(nodes=[node.hostname for node in nodes], ranks_per_node=nproc)
 
     def setup(self, facts: Mapping[str, Any]) -> None:

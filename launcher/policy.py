@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Action = Literal["wait", "finish", "stopped", "restart", "refuse", "fail"]
+_FRUITLESS = 3
+
+Action = Literal["wait", "finish", "stopped", "restart", "regroup", "refuse", "fail"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Status:
         stop_asked: the user asked for a stop.
         preempted: ranks that somebody else sent a signal to end, with its name.
         stall: what keeps all ranks from going on, though none has failed.
+        regroup: ranks were asked to save and end, as there are nodes for more of them.
     """
 
     world: int
@@ -87,14 +90,32 @@ class Status:
     stop_asked: bool = False
     preempted: Mapping[int, str] = field(default_factory=dict[int, str])
     stall: Stall | None = None
+    regroup: bool = False
 
 
 @dataclass(frozen=True)
 class History:
-    """Earlier generations of this run: the first failure of each."""
+    """Earlier generations of this run.
+
+    Attributes:
+        max_restarts: how many failures may be followed by another start.
+        culprits: the first failure of each generation that counted.
+        replaces: the run has spare nodes, or may go on with fewer: losing one is no failure that counts.
+        fruitless: how many of the last generations lost a node before they had done a step.
+    """
 
     max_restarts: int
     culprits: tuple[RankFailure | None, ...] = ()
+    replaces: bool = False
+    fruitless: int = 0
+
+    def after(self, decision: Decision, *, lost: bool, fruitful: bool) -> History:
+        """What it is after a generation that ``decision`` ended: whether it lost nodes, and whether it got anywhere."""
+        return replace(
+            self,
+            culprits=(*self.culprits, decision.culprit) if decision.counts else self.culprits,
+            fruitless=self.fruitless + 1 if lost and not fruitful else 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +140,9 @@ def decide(status: Status, history: History) -> Decision:
     if status.ended == status.world:
         if status.preempted and not status.complete and not status.stop_asked:
             return _preempted(status, history)
-        return Decision("stopped" if status.stop_asked and not status.complete else "finish")
+        if status.complete or not (status.stop_asked or status.regroup):
+            return Decision("finish")
+        return Decision("stopped" if status.stop_asked else "regroup", counts=False)
     if status.broken:
         return Decision("stopped" if status.stop_asked else "fail", status.broken)
     if not status.failures and not status.lost_nodes and status.stall is None:
@@ -137,14 +160,16 @@ def decide(status: Status, history: History) -> Decision:
         return Decision("stopped", f"{reason}, while stopping", culprit)
     if culprit is not None and culprit.rank in status.preempted and not status.lost_nodes:
         return _preempted(status, history, culprit)
+    if status.lost_nodes and culprit is None and history.replaces:
+        if history.fruitless >= _FRUITLESS:
+            return Decision("fail", f"{reason}; that happened {_FRUITLESS} times without a step in between")
+        return Decision("restart", reason, counts=False)
     if len(history.culprits) >= history.max_restarts:
         return Decision("fail", reason, culprit)
     if culprit is not None and culprit.final:
         return Decision("fail", reason, culprit)
     if culprit is not None and any(_same_bug(culprit, earlier) for earlier in history.culprits):
         return Decision("fail", f"{reason}; the same as before, so another try would end alike", culprit)
-    if status.lost_nodes:
-        return Decision("fail", f"{reason}; a lost node cannot be replaced yet", culprit)
     return Decision("restart", reason, culprit)
 
 
@@ -155,7 +180,7 @@ def _preempted(status: Status, history: History, culprit: RankFailure | None = N
     reason = f"rank {rank}{others} was sent {name}"
     if culprit is not None:
         reason += f", and rank {culprit.rank} was gone before a checkpoint was saved ({culprit.error})"
-    if history.max_restarts:
+    if history.max_restarts or history.replaces:
         return Decision("restart", reason, culprit, counts=False)
     return Decision("stopped", reason, culprit, signum=signal.Signals[name])
 

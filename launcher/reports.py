@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +18,8 @@ class FailureReports:
     def __init__(self, run: RunDir, view: View) -> None:
         self._run, self._view = run, view
         self._checkpoint: int | None = None
-        self._start = 0
-        self._open: tuple[Report, float] | None = None
+        self._start: int | None = None
+        self._open: Report | None = None
         self.newest: Path | None = None
 
     def write(self, report: Report, *, evidence: bool) -> None:
@@ -32,13 +31,13 @@ class FailureReports:
         report = replace(report, checkpoint=self._checkpoint)
         self._view.note(report.text(evidence=evidence))
         self._put(report)
-        culprit = report.decision.culprit
-        at = culprit.at if culprit is not None else time.time()
-        self._open = (report, at) if report.decision.action == "restart" else None
+        self._start = None
+        self._open = report if report.decision.action == "restart" else None
 
     def started(self, step: int) -> None:
         """The ranks begin from a checkpoint after ``step`` steps, or from nothing."""
-        self._start = step
+        if self._start is None:
+            self._start = step
         self._checkpoint = step or None
 
     def saved(self, step: int) -> None:
@@ -47,11 +46,12 @@ class FailureReports:
 
     def row(self, row: RunRow) -> None:
         """A row of metrics: the first beyond what had been reached ends the failure before it."""
-        if self._open is None or row.step <= self._open[0].reached:
+        if self._open is None or row.step <= self._open.reached:
             return
-        report, at = self._open
+        report = self._open
         self._open = None
-        cost = Cost(self._start, max(0, report.reached - self._start), max(0.0, row.at - at))
+        start = self._start or 0
+        cost = Cost(start, max(0, report.reached - start), max(0.0, row.at - report.at))
         back = f"back after {cost.seconds:.1f} s, with {cost.steps} steps done again"
         try:
             self._view.note(f"{back}: {self._put(replace(report, cost=cost))}")

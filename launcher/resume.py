@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.lease import RENEW, release, renew, take
+from ..checkpoint.lease import RENEW, of_generation, release, renew, take
 from ..checkpoint.manifest import CorruptCheckpoint, Manifest
 from ..checkpoint.reader import catalogue, open_manifest
 from ..core.errors import JobError, Problem
@@ -78,31 +78,52 @@ def open_storage(job: Job, url: str, where: str = "checkpoint.to") -> Storage:
     return Storage(url, job.checkpoint.options if is_url(url) else None, where=where)
 
 
+class HeldLease:
+    """The lease of a folder of checkpoints while a run is at work: renewed also while there are no ranks."""
+
+    def __init__(self, storage: Storage, token: str) -> None:
+        self._storage, self.token = storage, token
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def fence(self, generation: int) -> None:
+        """Hand the folder to this generation of ranks: what an older one still has in hand is not completed any more.
+
+        Where the storage cannot be reached, the generation's own first renewal does it.
+        """
+        with self._lock:
+            self.token = of_generation(self.token, generation)
+            self._renew()
+
+    def close(self) -> None:
+        """Give it back."""
+        self._over.set()
+        self._thread.join(RENEW)  # a late renewal would bring the lease back
+        with contextlib.suppress(OSError):  # then it ends by itself
+            release(self._storage, self.token)
+
+    def _run(self) -> None:
+        while not self._over.wait(RENEW):
+            with self._lock:
+                self._renew()
+
+    def _renew(self) -> None:
+        with contextlib.suppress(OSError):
+            renew(self._storage, self.token)
+
+
 @contextlib.contextmanager
-def leased(storage: Storage, run: RunDir, on_message: Callable[[str], None]) -> Generator[str]:
-    """Keep other runs out of a folder of checkpoints; the token under which this one's ranks write there.
+def leased(storage: Storage, run: RunDir, on_message: Callable[[str], None]) -> Generator[HeldLease]:
+    """Keep other runs out of a folder of checkpoints, in which this one's ranks write under the token.
 
     Raises:
         JobError: another run is at work there.
     """
     token = take(storage, run.record.id, pid=os.getpid(), on_message=on_message, where="checkpoint.to")
-    over = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(storage, token, over), daemon=True)
-    renewing.start()
-    try:
-        yield token
-    finally:
-        over.set()
-        renewing.join(RENEW)  # a late renewal would bring the lease back
-        with contextlib.suppress(OSError):  # then it ends by itself
-            release(storage, token)
-
-
-def _renew(storage: Storage, token: str, over: threading.Event) -> None:
-    """Keep the folder this run's, also while there are no ranks."""
-    while not over.wait(RENEW):
-        with contextlib.suppress(OSError):
-            renew(storage, token)
+    with contextlib.closing(HeldLease(storage, token)) as lease:
+        yield lease
 
 
 def decide_start(job: Job, *, runs: Path, resume: str, init_from: str = "", on_message: Callable[[str], None]) -> Start:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,14 @@ from typing import Any
 from ..core.errors import JobError, Problem
 from ..core.job import Resources
 from ..core.recovery import RecoverySpec
-from .cluster import Cluster, ClusterError, session_folder
+from .cluster import Cluster, session_folder
 from .demand import Demand, Machine, demand_on
+from .enlist import LEASE, Enlisting, Probe, check_servers, check_versions, with_torch
 from .host import ForkServer, server_name
 from .interrupt import StopRequests
 from .messages import NodeInfo
 from .precheck import check_job
 from .rundir import RunDir
-
-_LAG = 5.0  # seconds until a file that was just made is seen on every machine that shares the folder
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,15 @@ class Session:
     stop: StopRequests
     _demand: Demand | None
     """None before the existing cluster could be asked what it has."""
+    _shared: Path | None = None
+    """The folder that every node has to see."""
     environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     _scope: str = field(default_factory=lambda: secrets.token_hex(8))
     _server: ForkServer | None = None
     ask: Callable[[Resources, Sequence[Machine]], Demand] = demand_on
     """Settles the demand with an existing cluster's machines."""
+    sizes: Callable[[int], tuple[int, ...]] = lambda ranks: ()
+    """From the ranks of a node to the numbers of nodes that the run may have."""
     _check: Future[list[Problem]] | None = None
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "dltrain-session"))
 
@@ -147,21 +152,24 @@ class Session:
         phase("waiting for nodes")
         cluster = self.cluster
         cluster.place(self.demand, self._scope if self.embedded else "", self.environ)
-        keep_warm = 0.0 if self.embedded else self.options.keep_warm  # nobody could find an embedded one's again
-        timeout = self.recovery.start_timeout
-        prepared = [agent.prepare.remote(keep_warm=keep_warm, timeout=timeout) for agent in cluster.agents]
+        prepared = [self._prepare(agent, math.inf if whatever else LEASE) for agent in cluster.agents]
         interface = self.resources.network_interface
         nodes: list[NodeInfo] = cluster.call("describe", interface, waiting_for="describing its machine")
         if not whatever:
-            _check_versions(nodes)
+            check_versions(nodes, nodes[0].versions)
         phase("importing torch on the nodes")
         servers = cluster.gather(prepared, waiting_for="importing torch")
-        _check_servers(servers)
-        pairs = zip(nodes, servers, strict=True)
-        nodes = [replace(node, versions={**node.versions, "torch": facts["torch"]}) for node, facts in pairs]
+        check_servers(nodes, servers)
+        nodes = [with_torch(node, facts) for node, facts in zip(nodes, servers, strict=True)]
         if not whatever:
-            _check_versions(nodes)
+            check_versions(nodes, nodes[0].versions)
         cluster.number(nodes)
+
+    def _prepare(self, agent: Any, lease: float) -> Any:
+        """Have an agent connect to its fork server; the reference to what that says of itself."""
+        keep_warm = 0.0 if self.embedded else self.options.keep_warm  # nobody could find an embedded one's again
+        lease = math.inf if self.embedded else lease  # on one machine there is nothing to be cut off by
+        return agent.prepare.remote(keep_warm=keep_warm, timeout=self.recovery.start_timeout, lease=lease)
 
     def check(self, job: dict[str, Any]) -> list[Problem]:
         """The problems of the job's code: from the check that was begun, else tried on node 0."""
@@ -182,15 +190,9 @@ class Session:
         """
         if self.embedded:
             return
-        token = secrets.token_hex(8)
-        folder = folder.absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{token}"
-        probe.write_text(token, encoding="utf-8")
-        try:
-            answers = self.cluster.call("sees", str(probe), token, _LAG, waiting_for=f"looking for {folder}")
-        finally:
-            probe.unlink()
+        folder = self._shared = folder.absolute()
+        with closing(Probe(folder)) as probe:
+            answers = self.cluster.call("sees", *probe.question, waiting_for=f"looking for {folder}")
         pairs = zip(self.cluster.nodes, answers, strict=True)
         blind = ", ".join(f"node {node.node} ({node.hostname})" for node, sees in pairs if not sees)
         if blind:
@@ -198,6 +200,14 @@ class Session:
             raise JobError(
                 Problem(what, "checkpoint.to", "a folder that all machines share, or a URL as s3://bucket/run")
             )
+
+    def enlist(self, agent: Any, run: RunDir, logs: Path) -> Enlisting:
+        """Begin to prepare an agent that comes later, as is done at first with all."""
+        prepared = self._prepare(agent, LEASE)
+        described = agent.describe.remote(self.resources.network_interface)
+        adopted = agent.adopt.remote(str(run.path), run.record.id, str(logs))
+        probe = Probe(self._shared) if self._shared is not None else None
+        return Enlisting(agent, prepared, described, adopted, probe, self.cluster.nodes[0].versions)
 
     def adopt(self, run: RunDir, logs: Path) -> None:
         """Tell the nodes of the run directory, and learn which of them see it."""
@@ -211,22 +221,3 @@ class Session:
 
 def _go_on() -> None:
     pass
-
-
-def _check_versions(nodes: list[NodeInfo]) -> None:
-    """Refuse nodes whose versions differ from each other's or from this process's."""
-    from .. import __version__
-
-    for node in nodes:
-        for name, version in node.versions.items():
-            wanted = __version__ if name == "dltrain" else nodes[0].versions[name]
-            if version != wanted:
-                what = f"node {node.node} ({node.hostname}) has {name} {version}, not {wanted}"
-                raise JobError(Problem(what, "--address", f"install {name} {wanted} there"))
-
-
-def _check_servers(servers: list[dict[str, Any]]) -> None:
-    """Refuse fork servers that cannot fork safely."""
-    for node, facts in enumerate(servers):
-        if facts["threads"] != 1:
-            raise ClusterError(f"node {node}: its fork server runs {facts['threads']} threads: forks are unsafe")

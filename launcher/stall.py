@@ -143,6 +143,13 @@ class StallWatch:
         """Take in what the processes of ranks were seen to do."""
         self._stopped = {rank for rank, look in looks.items() if look.stopped}
 
+    def still(self) -> dict[int, float]:
+        """By node, for how many seconds the least still of its ranks has been seen in its place."""
+        found: dict[int, float] = {}
+        for seen in self._ranks.values():
+            found[seen.node] = min(seen.still, found.get(seen.node, math.inf))
+        return found
+
     def _limit_of(self, seen: _Seen) -> float:
         if seen.beat.phase == "user":
             return math.inf

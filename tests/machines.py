@@ -58,9 +58,27 @@ class Machine:
                     continue
         return found
 
+    def named(self, name: str) -> list[int]:
+        """Its processes by the name that ``ps`` shows."""
+        found: list[int] = []
+        for pid in self.processes():
+            try:
+                found += [pid] if Path(f"/proc/{pid}/comm").read_text().startswith(name) else []
+            except OSError:
+                continue
+        return found
+
+    def cut(self) -> None:
+        """Cut its link: what runs on it goes on, and nobody hears of it."""
+        self.run("ip", "link", "set", "eth0", "down")
+
+    def heal(self) -> None:
+        """Mend the link that was cut."""
+        self.run("ip", "link", "set", "eth0", "up")
+
     def pull_the_cable(self) -> None:
         """Cut it off, so that nobody hears that it is gone, and end what runs on it."""
-        self.run("ip", "link", "set", "eth0", "down")
+        self.cut()
         while pids := self.processes():
             for pid in pids:
                 try:

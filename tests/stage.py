@@ -24,12 +24,12 @@ def put_recipe(box: Sandbox) -> None:
     shutil.copy(Path(__file__).with_name("staged.py"), box.folder)
 
 
-def uninterrupted(folder: Path) -> RunFolder:
-    """A run of JOB on two ranks that nothing happens to."""
+def uninterrupted(folder: Path, *job: str) -> RunFolder:
+    """A run of JOB, and more of a job, on two ranks that nothing happens to."""
     box = Sandbox(folder)
     try:
         put_recipe(box)
-        done = box.run(*LAUNCH, *JOB)
+        done = box.run(*LAUNCH, *JOB, *job)
         assert done.returncode == 0, done.stderr
         return run_of(box)
     finally:

@@ -84,8 +84,7 @@ class Staged(CnnRecipe):
         deadline = time.monotonic() + 120
         if not gate.exists():
             return
-        heed = Path("until-told").exists()
-        while gate.exists() or (heed and not _told()):
+        while gate.exists() or (Path("until-told").exists() and not _told()):
             self._waiting.touch()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{gate} is still there")

@@ -194,6 +194,7 @@ def test_lines_that_cannot_be_split(line: str, says: str) -> None:
     ("options", "expected"),
     [
         ("--nnodes 2:2 --nproc_per_node 4", {"nodes": 2, "nproc_per_node": 4}),
+        ("--nnodes 2:4 --max-restarts 1", {"nodes": (2, 4), "max_restarts": 1}),
         ("--nproc-per-node=gpu", {"nproc_per_node": "gpu"}),
         ("--address auto --network-interface eth0", {"address": "auto", "network_interface": "eth0"}),
         ("--address ray://head:10001 --placement spread", {"address": "ray://head:10001", "placement": "spread"}),
@@ -225,6 +226,8 @@ def test_options_that_are_values_of_the_job() -> None:
         "resources.placement": "pack",
         "recovery.max_restarts": 0,
     }
+    elastic = {"resources.nodes": 4, "recovery.nodes": "2:4"}
+    assert parse_launch(["--nodes", "2:4"]).job_flags() == elastic
     assert parse_launch([]).job_flags() == {}
 
 
@@ -251,7 +254,7 @@ def test_every_wrong_value_is_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("--nnodes 1:4 train.py", "elastic ranges (1:4) are not supported yet, give one number"),
+        ("--nnodes 4:1 train.py", "the range 4:1 has no nodes in it: the least comes first"),
         ("--node-rank 1 --nnodes 2 train.py", "run one dltrain launch for all nodes"),
         ("--node-rank 0 --nnodes 2 --master-addr h train.py", "run one dltrain launch for all nodes"),
         ("--nnodes 2 --rdzv-endpoint h:1 train.py", "run one dltrain launch for all nodes"),

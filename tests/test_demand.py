@@ -55,6 +55,26 @@ def test_what_a_cluster_can_never_hold_is_refused(
         demand_on(Resources.model_validate(asked), machines)
 
 
+@pytest.mark.parametrize(
+    ("machines", "nodes", "spares"),
+    [
+        ([CPU] * 5, 4, 1),
+        ([CPU] * 4, 4, 0),
+        ([CPU] * 3, 2, 1),  # 3 nodes cannot be dealt evenly
+        ([CPU] * 2, 2, 0),
+    ],
+)
+def test_a_run_that_may_have_fewer_nodes_begins_with_those_there_are(
+    machines: list[dict[str, float]], nodes: int, spares: int
+) -> None:
+    demand = demand_on(Resources(nodes=4), machines, 1, lambda ranks: (2, 4))
+    assert (demand.nodes, demand.spares) == (nodes, spares)
+    with pytest.raises(JobError, match="room for 1 of 5 nodes"):
+        demand_on(Resources(nodes=4), machines[:1], 1, lambda ranks: (2, 4))
+    with pytest.raises(JobError, match=r"room for 4 of 5 nodes"):
+        demand_on(Resources(nodes=4), [CPU] * 4, 1)
+
+
 def test_logical_nodes_share_this_machines_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     assert demand_here(Resources(nodes=2)).ranks == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from checkpoints import make_state, rows
 from dltrain.checkpoint import lease
-from dltrain.checkpoint.lease import Lease, holder, release, renew, take
+from dltrain.checkpoint.lease import Lease, holder, of_generation, release, renew, take
 from dltrain.checkpoint.reader import catalogue
 from dltrain.checkpoint.saving import GivenUp, Patience, Saving, Snapshot
 from dltrain.checkpoint.tensors import to_bytes
@@ -83,6 +83,20 @@ def test_another_machine_of_the_same_name_is_another(local: Storage, elsewhere: 
     change(local, pid=2**22 + 1, **elsewhere)  # a number that no process has here
     with pytest.raises(JobError, match="in use by run aaaa"):
         taken(local, "bbbb")
+
+
+def test_an_older_generation_of_ranks_has_lost_the_lease(storage: Storage) -> None:
+    token, _ = taken(storage, "aaaa")
+    first, second = of_generation(token, 0), of_generation(token, 1)
+    assert renew(storage, first) is None
+    assert renew(storage, second) is None  # the ranks that were started again
+    stale = renew(storage, first)
+    assert stale is not None
+    assert stale.token == second
+    assert renew(storage, token) is not None
+    assert of_generation(second, 2) == of_generation(token, 2)
+    release(storage, second)
+    assert holder(storage) is None
 
 
 def test_a_damaged_lease_protects_nothing(local: Storage) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.retention import EVALUATED, finite
 from ..core.contracts import Batch, DrawsSamples, StepResult
+from ..core.elastic import settled
 from ..core.errors import JobError, Problem
 from ..core.job import Job
 from ..core.keys import derive
@@ -58,6 +59,7 @@ class Trainer:
         reporter: Reporter,
         pulse: Pulse,
     ) -> None:
+        asked, job = job, settled(job, ctx.local_world_size)
         self._job, self._ctx, self._device = job, ctx, device
         self._reporter, self._pulse = reporter, pulse
         world = ctx.world_size
@@ -96,7 +98,7 @@ class Trainer:
             reseed=partial(self._seed, "step"),
             mark=pulse.mark,
         )
-        self._snapshots = Snapshots(persister, storage, job, rank=ctx.rank, world=world, reporter=reporter)
+        self._snapshots = Snapshots(persister, storage, asked, rank=ctx.rank, world=world, reporter=reporter)
 
     def run(self, *, restore_urls: Sequence[str], tracking: dict[str, Any], init_from: str = "") -> None:
         """Train to the end, or to the step at which all ranks agree to stop; save, and report how it ended."""
