@@ -13,7 +13,7 @@ cluster = typer.Typer(no_args_is_help=True, help="Describe clusters for dltrain 
 
 @cluster.command("init")
 def init(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="ray, slurm, ssh or kuberay.")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="ray, slurm, ssh, kuberay, aws, gcp, azure, on-premise.")],
     path: Annotated[str | None, typer.Argument(metavar="PATH", help="File to write.", show_default=False)] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:

@@ -36,6 +36,7 @@ SCRIPT = replace(SUBMISSION, target=("train.py", "--lr", "0.1"), is_job=False, n
 
 CLUSTERS = {
     "kuberay": ("kuberay.yaml", template("kuberay")),
+    "vms": ("aws.yaml", template("aws")),
     "ray": ("ray.yaml", "kind: ray\naddress: http://head:8265\nruns: /shared\nenvironment: [EDITOR]\n"),
     "slurm": ("slurm.yaml", "kind: slurm\nsbatch: {partition: gpu, exclusive: true}\nsetup: module load cuda\n"),
     "ssh": ("hostfile", "node1 slots=4\nnode2 slots=8  # a larger one\nnode3\n"),
@@ -54,6 +55,7 @@ def test_what_is_handed_over(kind: str, golden: Golden, tmp_path: Path) -> None:
         for line in (f"=== {title}", *cluster.render(replace(submission, environ=environ)).lines())
     )
     shown = shown.replace(str(Path(sys.executable).parent), "/ENVIRONMENT/bin")
+    shown = shown.replace(str(tmp_path), "/HERE")
     shown = re.sub(r"is sent: \d+ files, [0-9.]+ MB", "is sent: N files", shown)
     assert "very-secret" not in shown
     golden(f"submit-{kind}.txt", shown)
@@ -82,6 +84,8 @@ def test_the_example_files_are_right(kind: str, empty_folder: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("cluster_name: a\nprovider: {type: aws}\nmax_worker: 2\n", "c.yaml:3: max_worker: unknown key 'max_worker'"),
+        ("cluster_name: a\nprovider: {}\n", "c.yaml:2: provider: 'type' is missing"),
         ("kind: slrum\n", "c.yaml:1: kind: no kind of cluster is called 'slrum'\n      did you mean 'slurm'?"),
         ("sbatch: {}\n", "c.yaml: 'kind' is missing"),
         ("- slurm\n", "expected keys like 'kind: slurm'"),
@@ -102,6 +106,7 @@ def test_a_cluster_file_that_cannot_be_right_is_refused_by_line(text: str, says:
     ("line", "says"),
     [
         ("--cluster nowhere", "there is no cluster file 'nowhere'"),
+        ("--cluster own.yaml --nodes 3", "the job wants 3 nodes, the file allows 1 workers"),
         ("--cluster hosts --address auto", "--address: has no place in dltrain submit"),
         ("--cluster hosts --nodes 4", "the job wants 4 nodes, the hostfile has 3"),
         ("--cluster hosts --nproc-per-node 5", "the job wants 5 ranks a node, node1 has 4 slots"),
@@ -112,6 +117,7 @@ def test_a_cluster_file_that_cannot_be_right_is_refused_by_line(text: str, says:
 )
 def test_a_wrong_submission_is_refused_before_anything_starts(line: str, says: str, empty_folder: Path) -> None:
     Path("hosts").write_text(CLUSTERS["ssh"][1], encoding="utf-8")
+    Path("own.yaml").write_text("cluster_name: a\nprovider: {type: local}\nmax_workers: 1\n", encoding="utf-8")
     done = dltrain("submit", *line.split())
     assert done.code == 2, done.out
     assert says in done.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,30 @@ from launching import BIN, Sandbox, wait_for
 from ray_clusters import free_ports, ray_head
 from runs import RunFolder
 
+RAY = """\
+#!{python}
+# stands for Ray's cluster launcher: its machines are up, and its tunnel leads to the dashboard of a cluster here
+import socket, sys, threading
+open("ray.calls", "a").write(" ".join(sys.argv[1:]) + "\\n")
+
+def pump(source, target):
+    while data := source.recv(65536):
+        target.sendall(data)
+    target.shutdown(socket.SHUT_WR)
+
+if sys.argv[1] == "dashboard":
+    server = socket.create_server(("127.0.0.1", int(sys.argv[3])))
+    while True:
+        near = server.accept()[0]
+        far = socket.create_connection(("127.0.0.1", {port}))
+        for pair in ((near, far), (far, near)):
+            threading.Thread(target=pump, args=pair, daemon=True).start()
+"""
+MACHINES = """\
+cluster_name: test
+max_workers: 1
+provider: {type: local, head_ip: 10.0.0.1, worker_ips: [10.0.0.2]}
+"""
 SCRIPT = """\
 import os, pathlib, dltrain, helper
 print("rank", os.environ["RANK"], helper.WORD, "dltrain from", dltrain.__file__)
@@ -63,6 +88,20 @@ def test_jobs_of_the_jobs_api_bring_their_code_and_are_followed_and_stopped(
         assert RunFolder(sandbox.folder / "runs/digits/0001").checkpoints()
         assert RunFolder(sandbox.folder / "runs/digits/0001").record()["state"] == "stopped"
         assert not head.agents()
+
+        ray = sandbox.folder / "bin/ray"
+        ray.parent.mkdir()
+        ray.write_text(RAY.format(python=sys.executable, port=port), encoding="utf-8")
+        ray.chmod(0o755)
+        (sandbox.folder / "own.yaml").write_text(MACHINES, encoding="utf-8")
+        environ = token | {"MODE": "", "PATH": f"{ray.parent}:{sandbox.environ['PATH']}", "DLTRAIN_SEED": "3"}
+        (sandbox.folder / "train.py").write_text("import os; print('seed', os.environ['DLTRAIN_SEED'])\n")
+        done = sandbox.run("submit", "--cluster", "own", "-f", "train.py", **environ)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "seed 3" in done.stdout
+        assert "finished (SUCCEEDED, exit code 0)" in done.stdout
+        calls = (sandbox.folder / "ray.calls").read_text(encoding="utf-8").splitlines()
+        assert calls[0] == f"up --yes {sandbox.folder}/own.yaml"
     written = "".join(p.read_text(errors="replace") for p in Path(sandbox.folder).rglob("*.*") if p.is_file())
     assert token["RAY_AUTH_TOKEN"] not in written
 

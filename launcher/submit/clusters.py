@@ -15,6 +15,7 @@ from .kuberay import KubeRay
 from .ray_jobs import RayJobs
 from .slurm import Slurm
 from .ssh import Ssh
+from .vms import Machines
 
 _YAML = (".yaml", ".yml")
 
@@ -22,7 +23,7 @@ _YAML = (".yaml", ".yml")
 _STATED: dict[str, type[Adapter]] = {"ray": RayJobs, "slurm": Slurm, "RayJob": KubeRay}
 
 #: By the kind in a handle.
-KINDS: dict[str, type[Adapter]] = {adapter.kind: adapter for adapter in (RayJobs, Slurm, Ssh, KubeRay)}
+KINDS: dict[str, type[Adapter]] = {adapter.kind: adapter for adapter in (RayJobs, Slurm, Ssh, KubeRay, Machines)}
 
 #: The file of each kind in ``cluster_configs``, and what ``dltrain cluster init`` calls its copy.
 TEMPLATES = {
@@ -30,6 +31,10 @@ TEMPLATES = {
     "slurm": "slurm.yaml",
     "ssh": "hostfile",
     "kuberay": "kuberay.yaml",
+    "aws": "aws.yaml",
+    "gcp": "gcp.yaml",
+    "azure": "azure.yaml",
+    "on-premise": "on-premise.yaml",
 }
 
 
@@ -96,4 +101,7 @@ def _class_of(document: Document, path: Path) -> type[Adapter]:
             return _STATED[kind]
         where = f"{path}:{document.lines[('kind',)]}: kind"
         raise JobError(Problem(f"no kind of cluster is called '{kind}'", where, did_you_mean(str(kind), _STATED)))
-    raise JobError(Problem("'kind' is missing", str(path), f"one of {', '.join(_STATED)}"))
+    if "provider" in value or "cluster_name" in value:
+        return Machines
+    hint = f"one of {', '.join(_STATED)}; a file of Ray's cluster launcher has 'provider' instead"
+    raise JobError(Problem("'kind' is missing", str(path), hint))

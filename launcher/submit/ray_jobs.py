@@ -8,7 +8,7 @@ import logging
 import secrets
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,11 +81,8 @@ class RayJobs(Adapter):
         return [f"the Ray cluster whose dashboard is at {self._file.address}"]
 
     def _entrypoint(self, submission: Submission, number: str) -> str:
-        runs = f"--run-dir={self._file.runs or submission.runs}"
-        more = (runs, "--address=auto", f"--submission={self.kind}-{number}")
-        return shlex.join(
-            ["python", "-P", "-m", "dltrain.cli", "launch", *submission.options, *more, *submission.words]
-        )
+        runs = shlex.quote(f"--run-dir={self._file.runs or submission.runs}")
+        return launch_command(submission, runs, "--address=auto", f"--submission={self.kind}-{number}")
 
     def _variables(self, submission: Submission) -> tuple[str, ...]:
         missing = [name for name in self._file.environment if name not in submission.environ]
@@ -119,81 +116,119 @@ class RayJobs(Adapter):
             RunFailed: the cluster does not answer, or does not take the job.
         """
         code, names = self._code(submission), self._variables(submission)
-        client = _client(self._file.address)
-        number = f"dltrain-{secrets.token_hex(3)}"
-        with tempfile.TemporaryDirectory(prefix="dltrain-") as folder:
-            say(f"sending {submission.folder}: {code}")
-            code.copy_to(Path(folder) / "code")
-            dltrain_code().copy_to(Path(folder) / "dltrain")  # Ray calls a module as its folder is called
-            environment = {name: submission.environ[name] for name in names}
-            try:
-                client.submit_job(
-                    entrypoint=self._entrypoint(submission, number),
-                    submission_id=number,
-                    metadata={"dltrain": submission.name},
-                    runtime_env={
-                        "working_dir": f"{folder}/code",
-                        "py_modules": [f"{folder}/dltrain"],
-                        "env_vars": {
-                            **environment,
-                            "RAY_JOB_STOP_WAIT_TIME_S": f"{submission.stop_grace + _END:.0f}",  # Ray waits 3 s
-                        },
-                    },
-                )
-            except RuntimeError as error:
-                raise RunFailed(f"the Ray cluster at {self._file.address} has not taken the job: {error}") from None
+        number = new_number()
+        send(self._file.address, submission, code, names, self._entrypoint(submission, number), number, say)
         runs = self._file.runs or str(submission.runs)
         return submission.handle(self.kind, number, {"address": self._file.address}, runs=runs)
 
     @staticmethod
     def state(handle: Handle) -> JobState:
-        """How the job stands.
-
-        Raises:
-            RunFailed: the cluster does not answer.
-        """
-        try:
-            info = _client(handle.cluster["address"]).get_job_info(handle.id)
-        except RuntimeError as error:
-            if "does not exist" in str(error):
-                return JobState("unknown", "the cluster does not know it")
-            raise RunFailed(f"the Ray cluster does not say how {handle.id} stands: {error}") from None
-        status = str(info.status.value)
-        if info.driver_exit_code in _STOPPED:
-            return JobState("stopped", f"{status}, exit code {info.driver_exit_code}")
-        more = "" if info.driver_exit_code is None else f"exit code {info.driver_exit_code}"
-        return JobState(_STANDING[status], ", ".join(filter(None, [status, more])))
+        """How the job stands; raises RunFailed where the cluster does not answer."""
+        return state_at(handle.cluster["address"], handle.id)
 
     @staticmethod
     def output(handle: Handle, *, follow: bool) -> Iterator[bytes]:
-        """What the driver has printed.
-
-        Raises:
-            RunFailed: the cluster does not answer.
-        """
-        client = _client(handle.cluster["address"])
-        if not follow:
-            yield str(client.get_job_logs(handle.id)).encode()
-            return
-        pieces = client.tail_job_logs(handle.id)
-        with asyncio.Runner() as runner:
-
-            async def piece() -> bytes:
-                return str(await anext(pieces, "")).encode()
-
-            while text := runner.run(piece()):
-                yield text
+        """What the driver has printed; raises RunFailed where the cluster does not answer."""
+        return output_at(handle.cluster["address"], handle.id, follow=follow)
 
     @staticmethod
     def stop(handle: Handle, *, now: bool) -> None:
-        """Have Ray signal the driver.
+        """Have Ray signal the driver; raises RunFailed where the cluster does not answer, or ``now`` is asked."""
+        stop_at(handle.cluster["address"], handle.id, now=now)
 
-        Raises:
-            RunFailed: the cluster does not answer, or ``now`` is asked of it.
-        """
-        if now:
-            raise RunFailed("Ray's Jobs API has one way to stop a job: leave --now out")
-        _client(handle.cluster["address"]).stop_job(handle.id)
+
+def new_number() -> str:
+    """A name for a job that Ray has not seen."""
+    return f"dltrain-{secrets.token_hex(3)}"
+
+
+def launch_command(submission: Submission, *more: str) -> str:
+    """The shell command of a driver, with ``more`` options of the launch, which a shell may still expand."""
+    begin = shlex.join(["python", "-P", "-m", "dltrain.cli", "launch", *submission.options])
+    return " ".join([begin, *more, shlex.join(submission.words)]).rstrip()
+
+
+def send(
+    address: str,
+    submission: Submission,
+    code: Code,
+    names: Sequence[str],
+    entrypoint: str,
+    number: str,
+    say: Callable[[str], None],
+) -> None:
+    """Send code, and the job called ``number``, to the dashboard at ``address``.
+
+    Raises:
+        RunFailed: it does not answer, or does not take the job.
+    """
+    client = _client(address)
+    with tempfile.TemporaryDirectory(prefix="dltrain-") as folder:
+        say(f"sending {submission.folder}: {code}")
+        code.copy_to(Path(folder) / "code")
+        dltrain_code().copy_to(Path(folder) / "dltrain")  # Ray calls a module as its folder is called
+        environment = {name: submission.environ[name] for name in names}
+        environment["RAY_JOB_STOP_WAIT_TIME_S"] = f"{submission.stop_grace + _END:.0f}"  # Ray's own is 3
+        runtime = {
+            "working_dir": f"{folder}/code",
+            "py_modules": [f"{folder}/dltrain"],
+            "env_vars": environment,
+        }
+        metadata = {"dltrain": submission.name}
+        try:
+            client.submit_job(entrypoint=entrypoint, submission_id=number, metadata=metadata, runtime_env=runtime)
+        except RuntimeError as error:
+            raise RunFailed(f"the Ray cluster at {address} has not taken the job: {error}") from None
+
+
+def state_at(address: str, number: str) -> JobState:
+    """How a job stands.
+
+    Raises:
+        RunFailed: the cluster does not answer.
+    """
+    try:
+        info = _client(address).get_job_info(number)
+    except RuntimeError as error:
+        if "does not exist" in str(error):
+            return JobState("unknown", "the cluster does not know it")
+        raise RunFailed(f"the Ray cluster does not say how {number} stands: {error}") from None
+    status = str(info.status.value)
+    if info.driver_exit_code in _STOPPED:
+        return JobState("stopped", f"{status}, exit code {info.driver_exit_code}")
+    more = "" if info.driver_exit_code is None else f"exit code {info.driver_exit_code}"
+    return JobState(_STANDING[status], ", ".join(filter(None, [status, more])))
+
+
+def output_at(address: str, number: str, *, follow: bool) -> Iterator[bytes]:
+    """What a job's driver has printed.
+
+    Raises:
+        RunFailed: the cluster does not answer.
+    """
+    client = _client(address)
+    if not follow:
+        yield str(client.get_job_logs(number)).encode()
+        return
+    pieces = client.tail_job_logs(number)
+    with asyncio.Runner() as runner:
+
+        async def piece() -> bytes:
+            return str(await anext(pieces, "")).encode()
+
+        while text := runner.run(piece()):
+            yield text
+
+
+def stop_at(address: str, number: str, *, now: bool) -> None:
+    """Have Ray signal a job's driver.
+
+    Raises:
+        RunFailed: the cluster does not answer, or ``now`` is asked of it.
+    """
+    if now:
+        raise RunFailed("Ray's Jobs API has one way to stop a job: leave --now out")
+    _client(address).stop_job(number)
 
 
 def _client(address: str) -> Any:
