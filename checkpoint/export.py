@@ -50,6 +50,7 @@ def convert(
     *,
     shard_size: int | None = None,
     force: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Write ``weights`` and ``config.json`` to ``target``, a block of a tensor in memory at a time.
 
@@ -60,6 +61,7 @@ def convert(
             or shards and ``model.safetensors.index.json`` where the weights have more than ``shard_size`` bytes.
         shard_size: for a folder, bytes of tensors in a file at most (but one tensor); :data:`SHARD_SIZE` by default.
         force: replace what is there.
+        options: storage options of the fsspec filesystem, where ``target`` is a URL.
 
     Returns:
         the files written, as paths or URLs.
@@ -71,7 +73,7 @@ def convert(
     single = target.endswith(".safetensors")
     if single and shard_size is not None:
         raise JobError(Problem("one file takes no shard size", target, "name a folder"))
-    out, name = _open_target(target) if single else (Storage(target, where=target), "")
+    out, name = _open_target(target, options) if single else (Storage(target, options, where=target), "")
     tensors = weights.once()
     files = {name: tensors} if single else _files(manifest, tensors, shard_size or SHARD_SIZE)
     try:
@@ -95,10 +97,10 @@ def convert(
     return [f"{out}/{file}" for file in [*written, CONFIG]]
 
 
-def _open_target(target: str) -> tuple[Storage, str]:
+def _open_target(target: str, options: Mapping[str, Any] | None) -> tuple[Storage, str]:
     if is_url(target):
         parent, _, name = target.rpartition("/")
-        return Storage(parent, where=target), name
+        return Storage(parent, options, where=target), name
     path = Path(target).expanduser().absolute()
     return Storage(str(path.parent), where=target), path.name
 

@@ -40,7 +40,7 @@ def locate(source: str, options: Mapping[str, Any] | None = None) -> Place:
     """Find the folder of checkpoints that ``source`` means; a run's job tells where its own are.
 
     Args:
-        options: storage options of the fsspec filesystem, for a URL.
+        options: storage options of the fsspec filesystem, for a URL; beside those of a run's own job.
 
     Raises:
         JobError: there is nothing of that name, or it cannot be read.
@@ -51,7 +51,7 @@ def locate(source: str, options: Mapping[str, Any] | None = None) -> Place:
     if not path.is_dir():
         raise JobError(_missing(path, source))
     if (path / "run.json").is_file():
-        return _of_run(path, source)
+        return _of_run(path, source, options)
     step = folder_step(path.name)
     folder = path if step is None else path.parent
     run = folder.parent if folder.name == "checkpoints" and (folder.parent / "run.json").is_file() else None
@@ -132,7 +132,7 @@ def _remote(source: str, options: Mapping[str, Any] | None) -> Place:
     return Place(storage, step, None, source)
 
 
-def _of_run(path: Path, source: str) -> Place:
+def _of_run(path: Path, source: str, given: Mapping[str, Any] | None) -> Place:
     """A run directory's checkpoints: where its job put them."""
     try:
         job = json.loads((path / "run.json").read_text(encoding="utf-8"))["job"]
@@ -143,7 +143,8 @@ def _of_run(path: Path, source: str) -> Place:
     if spec is None:
         raise JobError(Problem("this is a script's run: what it saved is its own affair", source))
     url = to or str(path / "checkpoints")
-    return Place(Storage(url, options if is_url(url) else None, where=source), None, path, source)
+    merged = {**options, **(given or {})} if is_url(url) else None
+    return Place(Storage(url, merged, where=source), None, path, source)
 
 
 def _missing(path: Path, source: str) -> Problem:

@@ -5,7 +5,8 @@ outlives its rank as long as it takes to finish the snapshots it was given, half
 the node's agent is gone.
 
     from the rank   {"t": "open", …}, {"t": "save", "step"} with two descriptors, {"t": "drop", "step"}
-    to the rank     {"t": "ended", "step", "why"}, {"t": "trouble", "step", "why"}, {"t": "say", …} without an agent
+    to the rank     {"t": "ended", "step", "why", "cost"}, {"t": "trouble", "step", "why"},
+                    {"t": "say", …} without an agent
     to the agent    {"t": "note"|"saved"|"trouble"|"settle", …}
     from the agent  {"t": "settled", "step"}, {"t": "alone"}
 """
@@ -183,7 +184,7 @@ class Persister:
                 task.patience.end(_REPLACED)
                 if task is not self._tasks[0]:
                     self._tasks.remove(task)
-                    self._answer({"t": "ended", "step": step, "why": _REPLACED})
+                    self._answer({"t": "ended", "step": step, "why": _REPLACED, "cost": {}})
 
     def _begin(self) -> None:
         threading.Thread(target=self._save, args=(self._tasks[0],), daemon=True).start()
@@ -197,9 +198,9 @@ class Persister:
 
     def _save(self, task: _Task) -> None:
         """Make it durable and tell. Runs in a thread of its own."""
-        snapshot, why = task.snapshot, ""
+        snapshot, why, size = task.snapshot, "", 0
         try:
-            Saving(
+            size = Saving(
                 self._open(),
                 snapshot,
                 task.patience,
@@ -213,12 +214,14 @@ class Persister:
         except BaseException as error:  # the rank must hear of it, whatever it is
             why = f"{type(error).__name__}: {error}"
             traceback.print_exc()
+        cost: dict[str, float] = {}
         if snapshot.rank == 0 and not why:
-            self._say({"t": "saved", "step": snapshot.step})
+            cost = _cost(snapshot, size)
+            self._say({"t": "saved", "step": snapshot.step, "cost": cost})
             self._prune()
         elif snapshot.rank == 0 and not task.replaced:
             self._say({"t": "note", "text": f"checkpoint of step {snapshot.step} not written: {why}"})
-        self._answer({"t": "ended", "step": snapshot.step, "why": why})
+        self._answer({"t": "ended", "step": snapshot.step, "why": why, "cost": cost})
         task.done = True
         os.write(self._wake_w, b".")
 
@@ -282,6 +285,12 @@ class Persister:
     def _answer(self, message: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a rank that is gone needs no answer
             self._rank.send(json.dumps(message).encode(), socket.MSG_NOSIGNAL)
+
+
+def _cost(snapshot: Snapshot, size: int) -> dict[str, float]:
+    """What a checkpoint has cost: seconds that a step waited, seconds until it was complete, bytes of its tensors."""
+    seconds = time.time() - snapshot.taken
+    return {"stall_seconds": round(snapshot.stall, 4), "durable_seconds": round(seconds, 3), "bytes": size}
 
 
 def become(rank: socket.socket, agent: socket.socket | None) -> NoReturn:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from ..core.storage import Storage
+from ..core.tensorfile import nbytes
 from .manifest import MANIFEST, CorruptCheckpoint, Manifest, folder_name
 from .reader import open_manifest
 from .writer import PieceRecord, Planned, commit, make_manifest, shard_name, write_planned
@@ -75,6 +76,8 @@ class Snapshot:
         image: their bytes, one after the other.
         facts: on rank 0, what the manifest says beside the tensors (arguments of :func:`~.writer.make_manifest`).
         row: step of the newest row of metrics before it, where that is not on the disk yet.
+        taken: Unix time at which the rank began to copy it.
+        stall: seconds that training waited for that.
     """
 
     step: int
@@ -85,6 +88,8 @@ class Snapshot:
     image: memoryview
     facts: Mapping[str, Any] | None = None
     row: int = 0
+    taken: float = 0.0
+    stall: float = 0.0
 
     @property
     def shard(self) -> str:
@@ -112,20 +117,21 @@ class Saving:
     before_commit: Callable[[], None]
     wait_for_parts: float = 3600.0
 
-    def run(self) -> None:
-        """Return when this rank's part is durable, on rank 0 when the checkpoint is complete.
+    def run(self) -> int:
+        """Return when this rank's part is durable; on rank 0 when the checkpoint is complete, with its tensors' bytes.
 
         Raises:
             GivenUp: patience ended, or a part of another rank did not come.
             ValueError: the ranks' parts do not fit each other.
         """
-        if self._retried(self._committed):  # by a process that was killed before it could say so
+        done = self._retried(self._committed)
+        if done is not None:  # by a process that was killed before it could say so
             self._tidy()
-            return
+            return _size(done)
         records = self._retried(self._write_shard)
         if self.snapshot.rank != 0:
             self._retried(lambda: self._write_records(records))
-            return
+            return 0
         for rank in range(1, self.snapshot.world):
             records += self._part_of(rank)
         assert self.snapshot.facts is not None, "rank 0 knows what the manifest says"
@@ -134,15 +140,17 @@ class Saving:
         manifest = make_manifest(records, step=self.snapshot.step, world=self.snapshot.world, **facts)
         self._retried(lambda: self._commit(manifest))
         self._tidy()
+        return _size(manifest)
 
-    def _committed(self) -> bool:
+    def _committed(self) -> Manifest | None:
         step = self.snapshot.step
         if not self.storage.exists(f"{folder_name(step)}/{MANIFEST}"):
-            return False
+            return None
         try:
-            return open_manifest(self.storage, step).extra.get(SAVE_ID) == self.snapshot.save
+            found = open_manifest(self.storage, step)
         except CorruptCheckpoint:
-            return False
+            return None
+        return found if found.extra.get(SAVE_ID) == self.snapshot.save else None
 
     def _write_shard(self) -> list[PieceRecord]:
         snapshot = self.snapshot
@@ -217,6 +225,10 @@ class Saving:
                 return result
 
 
+def _size(manifest: Manifest) -> int:
+    return sum(nbytes(entry.dtype, entry.shape) for entry in manifest.tensors.values())
+
+
 def snapshot_from(raw: bytes, image: memoryview) -> Snapshot:
     """The snapshot that :func:`description` describes."""
     from .writer import PieceKey
@@ -232,5 +244,5 @@ def snapshot_from(raw: bytes, image: memoryview) -> Snapshot:
 def description(snapshot: Snapshot) -> bytes:
     """Everything of a snapshot but its image, as JSON."""
     plan = [[*planned.key, planned.whole] for planned in snapshot.plan]
-    fields = ("step", "save", "rank", "world", "facts", "row")
+    fields = ("step", "save", "rank", "world", "facts", "row", "taken", "stall")
     return json.dumps({**{name: getattr(snapshot, name) for name in fields}, "plan": plan}).encode()

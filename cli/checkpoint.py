@@ -15,25 +15,33 @@ _Match = Annotated[
     list[str] | None,
     typer.Option("--match", metavar="PATTERN", help="Only tensors named like this, as 'model.*.bias'; repeatable."),
 ]
+_Option = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="KEY=VALUE", help="A storage option of a URL, as fsspec takes it; repeatable."),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 checkpoint = typer.Typer(no_args_is_help=True, help="Look at checkpoints, check, compare, convert and clear them.")
 
 
 @checkpoint.command("ls")
-def ls(source: _Source, as_json: _Json = False) -> None:
+def ls(source: _Source, option: _Option = None, as_json: _Json = False) -> None:
     """List the checkpoints: step, time, size, who wrote them, and whether they are complete."""
     from .checkpoints import list_checkpoints
+    from .storage_options import parse_options
 
-    list_checkpoints(source, as_json=as_json)
+    list_checkpoints(source, parse_options(option or [], [source]), as_json=as_json)
 
 
 @checkpoint.command("show")
-def show(source: _Source, step: _Step = None, match: _Match = None, as_json: _Json = False) -> None:
+def show(
+    source: _Source, step: _Step = None, match: _Match = None, option: _Option = None, as_json: _Json = False
+) -> None:
     """Print what a checkpoint holds: the job, the position in it, and every tensor."""
     from .checkpoints import show_checkpoint
+    from .storage_options import parse_options
 
-    show_checkpoint(source, step, match or [], as_json=as_json)
+    show_checkpoint(source, step, match or [], parse_options(option or [], [source]), as_json=as_json)
 
 
 @checkpoint.command("verify")
@@ -41,11 +49,13 @@ def verify(
     source: _Source,
     step: _Step = None,
     every: Annotated[bool, typer.Option("--all", help="Every complete checkpoint, not only one.")] = False,
+    option: _Option = None,
 ) -> None:
     """Read every byte of a checkpoint and compare its hashes; exits with 1 if anything is wrong."""
     from .checkpoints import verify_checkpoints
+    from .storage_options import parse_options
 
-    raise typer.Exit(verify_checkpoints(source, step, every=every))
+    raise typer.Exit(verify_checkpoints(source, step, parse_options(option or [], [source]), every=every))
 
 
 @checkpoint.command("diff")
@@ -54,12 +64,16 @@ def diff(
     other: Annotated[str, typer.Argument(metavar="B", help="What to compare it with.")],
     step: _Step = None,
     match: _Match = None,
+    option: _Option = None,
     as_json: _Json = False,
 ) -> None:
     """Tell which tensors of two checkpoints differ, and by how much; exits with 1 if any do."""
     from .checkpoints import diff_checkpoints
+    from .storage_options import parse_options
 
-    raise typer.Exit(diff_checkpoints(one, other, step, match or [], as_json=as_json))
+    raise typer.Exit(
+        diff_checkpoints(one, other, step, match or [], parse_options(option or [], [one, other]), as_json=as_json)
+    )
 
 
 @checkpoint.command("convert")
@@ -78,11 +92,14 @@ def convert(
         typer.Option("--max-shard-size", metavar="SIZE", help="Bytes of one file of a folder (default 5GB)."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    option: _Option = None,
 ) -> None:
     """Write a checkpoint's weights as plain safetensors, with a config.json beside them."""
     from .checkpoints import convert_checkpoint
+    from .storage_options import parse_options
 
-    convert_checkpoint(source, target, step, part=part, ema=ema, shard_size=shard_size, force=force)
+    options = parse_options(option or [], [source, target])
+    convert_checkpoint(source, target, step, options, part=part, ema=ema, shard_size=shard_size, force=force)
 
 
 @checkpoint.command("gc")
@@ -98,11 +115,13 @@ def gc(
         str, typer.Option("--older-than", metavar="TIME", help="Leave incomplete ones that changed since, as 30min.")
     ] = "1h",
     yes: Annotated[bool, typer.Option("--yes", help="Remove them; without it they are only named.")] = False,
+    option: _Option = None,
 ) -> None:
     """Name, or remove, what is no complete checkpoint, and old ones."""
     from .checkpoints import clear_checkpoints
+    from .storage_options import parse_options
 
-    clear_checkpoints(source, keep=keep, older_than=older_than, yes=yes)
+    clear_checkpoints(source, parse_options(option or [], [source]), keep=keep, older_than=older_than, yes=yes)
 
 
 @checkpoint.command("import")
@@ -123,8 +142,10 @@ def adopt(
         str | None,
         typer.Option("--key", metavar="NAME", help="Which entry of the file's dictionary is the state dict."),
     ] = None,
+    option: _Option = None,
 ) -> None:
     """Make a checkpoint of weights that something else saved, checked against the model of a job."""
     from .importing import import_weights
+    from .storage_options import parse_options
 
-    import_weights(source, target, job, rename or [], key)
+    import_weights(source, target, job, rename or [], key, parse_options(option or [], [target]))

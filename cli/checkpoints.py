@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,15 +28,19 @@ from ..core.errors import JobError, Problem
 from ..core.spec import parse_duration
 from ..launcher.rundir import RunDir
 from .render import columns, data_size, parse_size
+from .storage_options import options_for
+
+#: Storage options of the URLs among a command's places.
+Options = Mapping[str, Any]
 
 
-def list_checkpoints(source: str, *, as_json: bool) -> None:
+def list_checkpoints(source: str, options: Options, *, as_json: bool) -> None:
     """Print the checkpoints at ``source``, newest first.
 
     Raises:
         JobError: there is none, or they cannot be read.
     """
-    place = locate(source)
+    place = locate(source, options)
     found = listing(place)
     if not found:
         choose(place)  # which says what there is instead
@@ -52,13 +56,13 @@ def list_checkpoints(source: str, *, as_json: bool) -> None:
     sys.stdout.write(columns(rows, right=(0, 2)))
 
 
-def show_checkpoint(source: str, step: int | None, match: Sequence[str], *, as_json: bool) -> None:
+def show_checkpoint(source: str, step: int | None, match: Sequence[str], options: Options, *, as_json: bool) -> None:
     """Print a checkpoint's job, position and tensors.
 
     Raises:
         JobError: there is no such checkpoint, it cannot be read, or no tensor is named like a pattern of ``match``.
     """
-    place = locate(source)
+    place = locate(source, options)
     manifest = open_chosen(place, step)
     tensors = {name: manifest.tensors[name] for name in named_like(manifest.tensors, match, place.source)}
     if as_json:
@@ -85,13 +89,13 @@ def show_checkpoint(source: str, step: int | None, match: Sequence[str], *, as_j
     sys.stdout.write(f"{shown}, {size}; the checkpoint has {len(files)} shard file{'s'[: len(files) != 1]}\n")
 
 
-def verify_checkpoints(source: str, step: int | None, *, every: bool) -> int:
+def verify_checkpoints(source: str, step: int | None, options: Options, *, every: bool) -> int:
     """Print what is wrong with a checkpoint, or with all of them; the exit code, 1 if anything is.
 
     Raises:
         JobError: there is no such checkpoint, or it cannot be read, or is of a newer format.
     """
-    place = locate(source)
+    place = locate(source, options)
     if every and (step is not None or place.named is not None):
         raise JobError(Problem("'--all' is every checkpoint, a step is one", "--all", "give one of the two"))
     chosen = choose(place, step)
@@ -110,13 +114,15 @@ def verify_checkpoints(source: str, step: int | None, *, every: bool) -> int:
     return 1 if faulty else 0
 
 
-def diff_checkpoints(one: str, other: str, step: int | None, match: Sequence[str], *, as_json: bool) -> int:
+def diff_checkpoints(
+    one: str, other: str, step: int | None, match: Sequence[str], options: Options, *, as_json: bool
+) -> int:
     """Print how two checkpoints differ; the exit code, 1 if they do.
 
     Raises:
         JobError: one of the two is not there, or cannot be read, or neither has a tensor named like a pattern.
     """
-    sides = [_side(source, step) for source in (one, other)]
+    sides = [_side(source, step, options) for source in (one, other)]
     if match:
         names = sorted({name for side in sides for name in side.names})
         wanted = set(named_like(names, match, f"{one} and {other}"))
@@ -140,7 +146,15 @@ def diff_checkpoints(one: str, other: str, step: int | None, match: Sequence[str
 
 
 def convert_checkpoint(
-    source: str, target: str, step: int | None, *, part: str | None, ema: bool, shard_size: str | None, force: bool
+    source: str,
+    target: str,
+    step: int | None,
+    options: Options,
+    *,
+    part: str | None,
+    ema: bool,
+    shard_size: str | None,
+    force: bool,
 ) -> None:
     """Write a checkpoint's weights to ``target`` and name the files.
 
@@ -148,11 +162,13 @@ def convert_checkpoint(
         JobError: there is no such checkpoint or part, or ``target`` cannot be written or is taken.
     """
     size = None if shard_size is None else parse_size(shard_size, "--max-shard-size")
-    place = locate(source)
+    place = locate(source, options)
     manifest = open_chosen(place, step)
     weights = select(manifest, part=part, averaged=ema)
     with reading(source):
-        written = convert(place.storage, manifest, weights, target, shard_size=size, force=force)
+        written = convert(
+            place.storage, manifest, weights, target, shard_size=size, force=force, options=options_for(target, options)
+        )
     tensors = weights.once()
     total = data_size(tensor_bytes(manifest.tensors[fqn] for fqn in tensors.values()))
     kind = "averaged weights" if ema else "weights"
@@ -163,7 +179,7 @@ def convert_checkpoint(
         sys.stdout.write(f"wrote {file}\n")
 
 
-def clear_checkpoints(source: str, *, keep: int | None, older_than: str, yes: bool) -> None:
+def clear_checkpoints(source: str, options: Options, *, keep: int | None, older_than: str, yes: bool) -> None:
     """Print what could be removed, or remove it.
 
     Raises:
@@ -173,7 +189,7 @@ def clear_checkpoints(source: str, *, keep: int | None, older_than: str, yes: bo
         seconds = parse_duration(parse_value(older_than))
     except ValueError as error:
         raise JobError(Problem(str(error), "--older-than")) from None
-    place = locate(source)
+    place = locate(source, options)
     with _alone(place) if yes else contextlib.nullcontext():
         found = plan(place, keep=keep, older_than=seconds, now=time.time())
         for note in found.notes:
@@ -225,8 +241,8 @@ def held(run: Path | None) -> Generator[None]:
             lock.close()
 
 
-def _side(source: str, step: int | None) -> Side:
-    place = locate(source)
+def _side(source: str, step: int | None, options: Options) -> Side:
+    place = locate(source, options)
     manifest = open_chosen(place, step)
     return Side(place.storage, manifest, tuple(manifest.tensors))
 

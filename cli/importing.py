@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.describe import tensor_bytes
 from ..checkpoint.manifest import folder_name
@@ -14,9 +15,12 @@ from ..core.errors import JobError, Problem
 from ..core.storage import Storage
 from ..models.registry import RECIPES
 from .render import data_size
+from .storage_options import options_for
 
 
-def import_weights(source: str, target: str, job_file: str, renames: Sequence[str], key: str | None) -> None:
+def import_weights(
+    source: str, target: str, job_file: str, renames: Sequence[str], key: str | None, options: Mapping[str, Any]
+) -> None:
     """Write the weights in ``source`` as a checkpoint into ``target``, and say what it can be used for.
 
     Raises:
@@ -29,7 +33,7 @@ def import_weights(source: str, target: str, job_file: str, renames: Sequence[st
     from ..training.recipes import outline
 
     foreign = match(open_foreign(source, key), outline(job), pairs, source)
-    storage = Storage(target, where=target)
+    storage = Storage(target, options_for(target, options), where=target)
     manifest = adopt(storage, foreign, job=job.model_dump(mode="json"), source=source)
     size = data_size(tensor_bytes(manifest.tensors.values()))
     sys.stdout.write(f"{source} is {foreign.what}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.job import Job
+from .render import data_size
 
 if TYPE_CHECKING:
     from ..launcher.carry import RunResult
@@ -30,6 +32,8 @@ def print_summary(job: Job, result: RunResult) -> None:
     total = sum(result.seconds.values())
     spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in result.seconds.items())
     table.add_row("goodput", f"{result.goodput:.0%} of {duration(total)} ({spent})")
+    if result.checkpoints:
+        table.add_row("checkpoints", _cost(result.checkpoints))
     if result.restarts:
         table.add_row("restarts", str(result.restarts))
     table.add_row("run", str(run))
@@ -39,6 +43,15 @@ def print_summary(job: Job, result: RunResult) -> None:
     console.print("\nnext:")
     for command, what in _next_commands(job, run, result):
         console.print(Text.assemble("  ", command, (f"    # {what}", "dim")))
+
+
+def _cost(checkpoints: Sequence[Mapping[str, float]]) -> str:
+    from ..launcher.view import duration
+
+    waited = sum(cost["stall_seconds"] for cost in checkpoints)
+    slowest = max(cost["durable_seconds"] for cost in checkpoints)
+    size = data_size(checkpoints[-1]["bytes"])
+    return f"{len(checkpoints)} of {size}: training waited {waited:.2f} s, durable within {duration(slowest)}"
 
 
 def _next_commands(job: Job, run: Path, result: RunResult) -> list[tuple[str, str]]:

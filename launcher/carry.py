@@ -47,6 +47,8 @@ class RunResult:
         seconds: where the wall time went.
         tracking: how Weights & Biases ended.
         restarts: how often the ranks were started again.
+        checkpoints: what each checkpoint has cost: ``stall_seconds`` that training waited, ``durable_seconds`` until it
+            was complete, ``bytes`` of its tensors.
     """
 
     status: Literal["finished", "stopped", "failed"]
@@ -57,6 +59,7 @@ class RunResult:
     seconds: Mapping[str, float]
     tracking: Outcome
     restarts: int = 0
+    checkpoints: Sequence[Mapping[str, float]] = ()
 
 
 def _nothing(*_: object) -> None:
@@ -221,6 +224,7 @@ def _result(state: State, run: RunDir, ending: Ending | None, goodput: Goodput, 
         seconds=goodput.shares(now),
         tracking=outcome,
         restarts=ending.restarts if ending else 0,
+        checkpoints=said.get("costs", ()),
     )
 
 

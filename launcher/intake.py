@@ -31,7 +31,8 @@ class Intake:
 
     Attributes:
         watched: how the ranks of the generation get on.
-        last_words: what rank 0 said at the end, and the step of the newest checkpoint that is complete.
+        last_words: what rank 0 said at the end, the step of the newest checkpoint that is complete, and what each has
+            cost.
         settling: the step up to which rank 0's persister wants metrics to be on the disk; None when it waits for none.
     """
 
@@ -96,7 +97,8 @@ class Intake:
                 keep(self._run.path, step=message["step"], name=message["name"], png=b64decode(message["png"]))
             case "saved":
                 self.last_words["saved"] = message["step"]
-                self._view.saved(message["step"])
+                self.last_words.setdefault("costs", []).append(message["cost"])
+                self._view.saved(message["step"], message["cost"])
                 self.reports.saved(message["step"])
             case "trouble":
                 self._take_trouble(message)

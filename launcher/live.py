@@ -40,6 +40,7 @@ class Live(View):
             "ranks_per_node": 0,
             "checkpoint": None,
             "starts": [],
+            "checkpoint_cost": {},
             "stop_grace": stop_grace,
         }
 
@@ -64,9 +65,9 @@ class Live(View):
         self._inner.row(row)
         self._facts["step"] = row.step
 
-    def saved(self, step: int) -> None:
-        self._inner.saved(step)
-        self._facts["checkpoint"] = step
+    def saved(self, step: int, cost: Mapping[str, float]) -> None:
+        self._inner.saved(step, cost)
+        self._facts |= {"checkpoint": step, "checkpoint_cost": dict(cost)}
 
     def beats(self, node: int, beats: Sequence[RankBeat]) -> None:
         self._inner.beats(node, beats)

@@ -39,6 +39,8 @@ class RunStatus:
         nodes: names of the machines, by node.
         metrics: the last row of the metrics.
         checkpoint: step of the newest checkpoint that this launch has loaded or saved.
+        checkpoint_cost: of the newest that it has saved: ``stall_seconds`` that training waited for it,
+            ``durable_seconds`` until it was complete, and the ``bytes`` of its tensors.
         generation: the number of the last start of the ranks.
         restarts: how often the last launch has started them again.
         ranks: of a running run, each living rank's node, process, step, phase, and seconds there; of a dead one,
@@ -63,6 +65,7 @@ class RunStatus:
     nodes: tuple[str, ...]
     metrics: Mapping[str, Any]
     checkpoint: int | None
+    checkpoint_cost: Mapping[str, float]
     generation: int
     restarts: int
     ranks: tuple[Mapping[str, Any], ...]
@@ -156,6 +159,7 @@ def look(run: Path) -> RunStatus:
         nodes=nodes,
         metrics=dict(row.metrics) if row else {},
         checkpoint=facts.get("checkpoint"),
+        checkpoint_cost=facts.get("checkpoint_cost", {}),
         generation=record.generations - 1,
         restarts=facts.get("restarts", 0),
         ranks=ranks if state in ("running", "died") else (),

@@ -58,8 +58,11 @@ class View(ABC):
     def beats(self, node: int, beats: Sequence[RankBeat]) -> None:
         """Where a node's ranks are."""
 
-    def saved(self, step: int) -> None:
-        """A checkpoint after ``step`` completed steps is complete."""
+    def saved(self, step: int, cost: Mapping[str, float]) -> None:
+        """A checkpoint after ``step`` completed steps is complete.
+
+        ``cost`` has its ``stall_seconds``, ``durable_seconds`` and ``bytes``.
+        """
 
     @abstractmethod
     def output(self, rank: int, stream: Stream, text: bytes) -> None:

@@ -205,6 +205,10 @@ def saves_while_the_folder_is_away(url: str) -> int:
     assert len(told()) == 4, told()  # a word for each that could not be written, one when it could
     assert all("NotADirectoryError" in why or "File exists" in why for why in told()[:-1]), told()
     assert told()[-1] == ""
+    figures = snapshots.figures()
+    assert figures["checkpoint/skipped"] == 2, figures  # those of steps 2 and 3
+    assert figures["checkpoint/bytes"] > 8 * BIG, figures
+    assert snapshots.figures() == {}
     return 0
 
 

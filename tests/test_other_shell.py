@@ -232,6 +232,7 @@ def test_a_launch_is_seen_followed_and_stopped(sandbox: Sandbox) -> None:
         assert isinstance(status, dict)
         assert (status["state"], status["pid"], status["total_steps"]) == ("running", process.pid, STEPS)
         assert (status["world"], status["generation"], status["checkpoint"]) == (2, 0, WAIT_AT)
+        assert {"stall_seconds", "durable_seconds", "bytes"} == status["checkpoint_cost"].keys()
         places = [(rank["rank"], rank["node"], rank["phase"]) for rank in status["ranks"]]
         assert places == [(0, 0, "forward"), (1, 1, "forward")]
         with sandbox.start("logs", "-f", "digits/1") as follower:

@@ -223,3 +223,37 @@ def test_a_persister_ends_with_its_agent_whatever_it_is_doing(local: Storage) ->
         agent.close()
         how = os.WEXITED | os.WNOHANG | os.WNOWAIT
         wait_for(lambda: os.waitid(os.P_PID, persister.pid, how), what="the persister's end", timeout=10)
+
+
+# ---- counted
+
+
+def test_what_a_checkpoint_costs_is_among_the_metrics(tmp_path: Path) -> None:
+    job = ("train.steps=300", "checkpoint.every=5", "train.log_every=1", "checkpoint.keep=99")
+    run = train_ranks(tmp_path, 2, *MODEL, *job)
+    found = [row for row in run.rows() if "checkpoint/bytes" in row]
+    assert found  # a completed checkpoint is told of in the next row
+    manifest = open_manifest(Storage(str(run.path / "checkpoints")), 300)
+    size = sum(piece.end - piece.begin for entry in manifest.tensors.values() for piece in entry.pieces)
+    for row in found:
+        assert row["checkpoint/bytes"] == size
+        assert 0 < row["checkpoint/stall_seconds"] < row["checkpoint/durable_seconds"] < 60
+
+
+# ---- begun with another's weights
+
+
+def test_the_weights_of_another_run_are_taken_under_torchrun(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    first = train_ranks(tmp_path / "one", 1, *MODEL, "train.steps=4")
+    still = ("train.steps=1", "train.optimizer.lr=1e-30", "train.optimizer.weight_decay=0")
+    second = train_ranks(tmp_path / "two", 2, *MODEL, *still, "--init-from", str(first.path / "checkpoints"))
+    before, after = (newest(Storage(str(run.path / "checkpoints")))[1] for run in (first, second))
+    weights = [name for name in before if name.startswith("model.") and "running" not in name]
+    assert_same({name: after[name] for name in weights}, {name: before[name] for name in weights})
+
+
+def test_weights_that_are_not_there_are_refused_under_torchrun(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"exit codes \[2\](.|\n)*no such folder"):
+        train_ranks(tmp_path, 1, *MODEL, "train.steps=1", "--init-from", str(tmp_path / "gone"))

@@ -133,6 +133,17 @@ def test_large_files_go_in_several_requests(bucket: str) -> None:
     assert storage.read_range("large", 1 << 20, 69 << 20) == data[1 << 20 : 69 << 20]
 
 
+def test_a_range_goes_into_any_number_of_buffers(storage: Storage) -> None:
+    data = os.urandom(10_000)
+    storage.write("file", [data])
+    sizes = [0, 1, 5, 0, 2000, *[2] * 3000, 1500, 0]  # more buffers than one system call takes
+    buffers = [memoryview(bytearray(size)) for size in sizes]
+    storage.read_into("file", 7, buffers)
+    assert b"".join(buffers) == data[7 : 7 + sum(sizes)]
+    with pytest.raises(OSError, match="ends before byte 10001"):
+        storage.read_into("file", 9_000, [memoryview(bytearray(500)), memoryview(bytearray(501))])
+
+
 def test_listings_are_never_stale(bucket: str) -> None:
     one, other = Storage(f"s3://{bucket}/run"), Storage(f"s3://{bucket}/run")
     one.write("a", [b"1"])

@@ -27,6 +27,12 @@ def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None
     assert "/[red]/runs/a/0001" in said
 
 
+def test_what_checkpoints_have_cost_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    costs = [{"stall_seconds": 0.25 * n, "durable_seconds": 4.0 - n, "bytes": 2_000_000} for n in (1, 2)]
+    print_summary(Job(name="a"), result(checkpoints=costs))
+    assert "2 of 2.0 MB: training waited 0.75 s, durable within 3.0 s" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("to", [None, "s3://bucket/run"])
 def test_the_same_job_again_is_a_command_that_works(to: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     """A run of its own, where the checkpoints of this one would be in its way."""

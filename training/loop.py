@@ -214,6 +214,7 @@ class Trainer:
         meter.add(step, seconds=time.monotonic() - begin, wait=wait)
         if (step + 1) % train.log_every == 0 or self._evaluates(step + 1):
             row = meter.row(step + 1, result, share * train.optimizer.lr, alone=len(self._engine.parts) == 1)
+            row["metrics"] |= self._snapshots.figures()
             self._reporter.row(row | {"skipped_steps": self._guard.skipped(result)})
 
     def _after(self, done: int) -> None:

@@ -92,9 +92,11 @@ class Snapshots:
         self._skipped = 0
         self._trouble = ""
         self._failure = ""
+        self._figures: dict[str, float] = {}
 
     def save(self, engine: Engine, position: Position, tracking: dict[str, Any]) -> None:
         """Copy this rank's part into memory; it is made durable in the background. Collective."""
+        taken, begin = time.time(), time.perf_counter()
         self._reporter.sync()
         state = engine.state()
         holdings = held(state)
@@ -110,10 +112,20 @@ class Snapshots:
         facts = self._facts(position, tracking) if self._rank == 0 else None
         row = self._reporter.unsettled()
         image = memoryview(b"")  # it goes as a descriptor
-        snapshot = Snapshot(position.step, self._save_id, self._rank, self._world, tuple(plan), image, facts, row)
+        stall = time.perf_counter() - begin
+        snapshot = Snapshot(
+            position.step, self._save_id, self._rank, self._world, tuple(plan), image, facts, row, taken, stall
+        )
         self.newest, self._failure, self._trouble = position.step, "", ""
         self._given.append(_Staged(position.step, stage, description(snapshot)))
         self._hand_over(self._given[-1])
+
+    def figures(self) -> dict[str, float]:
+        """As metrics, on rank 0: what the newest checkpoint that was completed since the last call has cost, and how
+        many snapshots were given up so far, where there were more since.
+        """
+        figures, self._figures = self._figures, {}
+        return figures
 
     def poll(self) -> None:
         """Take in what the persister says. Costs microseconds."""
@@ -166,12 +178,15 @@ class Snapshots:
                 self._trouble = message["why"]
             case "ended":
                 self._end(message["step"], message["why"])
+                self._figures |= {f"checkpoint/{name}": value for name, value in message["cost"].items()}
             case other:
                 raise ValueError(f"the persister sent a message of kind {other!r}")
 
     def _give_way(self, step: int, *, all_of_them: bool) -> None:
         """Give up the newest snapshot, which waits on some rank, or all that are given. No rank may write it then."""
         self._skipped += 1
+        if self._rank == 0:
+            self._figures["checkpoint/skipped"] = self._skipped
         if self._rank == 0 and not all_of_them and self._skipped.bit_count() == 1:  # the 1st, 2nd, 4th, 8th, ...
             what = f"checkpoint of step {self.newest} was skipped for that of step {step}"
             why = "the storage is slower than 'checkpoint.every'"

@@ -1,12 +1,13 @@
 """The rank program: train a job's recipe. No Ray in it.
 
-    torchrun --nproc-per-node 4 -m dltrain.training.worker job.yaml [key.path=value …]
+    torchrun --nproc-per-node 4 -m dltrain.training.worker job.yaml [key.path=value …] [--init-from URL]
 
 runs it under plain torchrun; ``dltrain launch`` calls :func:`run_ranked` in ranks that it has forked.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -24,8 +25,10 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.lease import release, take, torchrun_owner
+from ..checkpoint.locate import choose, locate
 from ..core.config import load_job
-from ..core.errors import JobError, NonFiniteLoss
+from ..core.errors import JobError, NonFiniteLoss, Problem
+from ..core.formats import is_url
 from ..core.job import Job
 from ..core.pulse import Pulse
 from ..core.storage import Storage
@@ -150,29 +153,46 @@ def _device(ctx: Context) -> torch.device:
 
 
 def main(argv: list[str]) -> int:
-    """Entry under torchrun; arguments are those of ``dltrain launch``: a job file and overrides."""
-    files = [word for word in argv if "=" not in word]
+    """Entry under torchrun; arguments are those of ``dltrain launch``: a job file, overrides and ``--init-from``."""
+    parser = argparse.ArgumentParser(prog="dltrain.training.worker", allow_abbrev=False)
+    parser.add_argument("words", nargs="*", metavar="FILE|KEY=VALUE", help="a job file, and overrides")
+    parser.add_argument("--init-from", metavar="URL", help="take the first weights from these checkpoints")
+    given = parser.parse_intermixed_args(argv)
+    files = [word for word in given.words if "=" not in word]
     if len(files) > 1:
-        print(f"one job file, not {len(files)}: {' '.join(files)}", file=sys.stderr)  # noqa: T201  # the user typed this command
-        return 2
+        parser.error(f"one job file, not {len(files)}: {' '.join(files)}")
     ctx = context()
     persister = Persister()  # before this process has threads
     try:
-        overrides = [word for word in argv if "=" in word]
+        overrides = [word for word in given.words if "=" in word]
         job = load_job(Path(files[0]) if files else None, overrides, {}, os.environ).job
         run_dir = Path("runs", job.name, "torchrun")
         run_dir.mkdir(parents=True, exist_ok=True)
         ctx.run_dir = run_dir
         reporter = StandaloneReporter(rank=ctx.rank, world=ctx.world_size, run_dir=run_dir)
         url = job.checkpoint.to or str(run_dir.absolute() / "checkpoints")
+        init = _weights_folder(given.init_from, job) if given.init_from else ""
         with _leased(url, job) if ctx.rank == 0 else nullcontext("") as lease:
-            assignment = Assignment(job, run_dir, url, restore_urls=(url,), tracking={}, lease=lease)
+            assignment = Assignment(job, run_dir, url, restore_urls=(url,), tracking={}, lease=lease, init_from=init)
             _train(assignment, ctx, persister, reporter, Pulse.create())
     except JobError as error:
         print(error, file=sys.stderr)  # noqa: T201  # the user typed this command
         return 2
     reporter.close(10)
     return 0
+
+
+def _weights_folder(named: str, job: Job) -> str:
+    """The folder of checkpoints that a run directory, a folder or a URL means.
+
+    Raises:
+        JobError: there is no complete checkpoint.
+    """
+    place = locate(named, job.checkpoint.options if is_url(named) else None)
+    choose(place)
+    if place.named is not None:
+        raise JobError(Problem("this is one checkpoint", "--init-from", f"name {place.storage}: its newest is taken"))
+    return str(place.storage)
 
 
 @contextmanager
