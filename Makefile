@@ -1,6 +1,7 @@
 # make train       make a virtual environment, install, and train the built-in job on two nodes
 # make test        the same environment with what tests need, and the tests
 # make test-slow   the tests that take more than about twenty seconds each
+# make test-campaign   fifty random schedules of faults, over all strategies: a quarter of an hour
 # make lint        ruff and basedpyright
 # make benchmark   what docs/benchmarks.md reports
 # make clean       remove what tools leave; the environment and the runs stay
@@ -23,16 +24,19 @@ SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	$$p -c '$(SUITABLE)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: train test test-slow lint benchmark clean
+.PHONY: train test test-slow test-campaign lint benchmark clean
 
 train: $(VENV)/.installed
 	$(BIN)/dltrain launch --nodes 2
 
 test: $(VENV)/.installed-dev
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not campaign" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m "slow and not campaign" $(ARGS)
+
+test-campaign: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m campaign $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -45,6 +49,8 @@ benchmark: $(VENV)/.installed-benchmarks
 	$(BIN)/python benchmarks/launch.py
 	$(BIN)/python benchmarks/strategies.py
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/recovery.py --goodput
 
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found here (Debian: apt install python3-venv);" \

@@ -87,11 +87,13 @@ class Plan:
     seed: int = 0
     numbers: tuple[int, ...] = ()
 
-    def schedules(self, *, world: int, steps: int) -> dict[int, tuple[Fault, ...]]:
+    def schedules(self, *, world: int, nodes: int, steps: int) -> dict[int, tuple[Fault, ...]]:
         """The faults by number, for a run of so many ranks and steps."""
         if self.faults:
             return {1: self.faults}
-        return {number: random_schedule(self.seed, number, world=world, steps=steps) for number in self.numbers}
+        return {
+            number: random_schedule(self.seed, number, world=world, nodes=nodes, steps=steps) for number in self.numbers
+        }
 
 
 @dataclass
@@ -173,7 +175,7 @@ class Campaign:
             "tracking.tensorboard": "false",
         }
         command = [
-            *(sys.executable, "-P", "-m", "dltrain", "launch", str(file)),
+            *(sys.executable, "-P", "-m", "dltrain.cli", "launch", str(file)),
             *(f"{key}={value}" for key, value in settings.items()),
             *("--run-dir", str(folder / "runs"), "--address", self.stand.address, "--quiet"),
         ]
@@ -219,19 +221,20 @@ def run_campaign(
         Interrupted: by a signal.
     """
     with campaign(job) as trials:
-        _refuse(plan.faults, world=trials.stand.world)
+        nodes = job.resources.nodes
+        _refuse(plan.faults, world=trials.stand.world, nodes=nodes)
         clean = trials.clean()
-        _refuse(plan.faults, world=clean.world, steps=clean.steps)
+        _refuse(plan.faults, world=clean.world, nodes=nodes, steps=clean.steps)
         on_clean(clean)
         done: list[Trial] = []
-        for number, faults in plan.schedules(world=clean.world, steps=clean.steps).items():
+        for number, faults in plan.schedules(world=clean.world, nodes=nodes, steps=clean.steps).items():
             done.append(trials.trial(number, faults, clean))
             on_trial(done[-1])
         return clean, done
 
 
-def _refuse(faults: tuple[Fault, ...], *, world: int, steps: int | None = None) -> None:
-    problems = check_faults(faults, world=world, steps=steps)
+def _refuse(faults: tuple[Fault, ...], *, world: int, nodes: int, steps: int | None = None) -> None:
+    problems = check_faults(faults, world=world, nodes=nodes, steps=steps)
     if problems:
         raise JobError(*problems)
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from ...core.errors import JobError, Problem, did_you_mean
 
-Unit = Literal["rank", ""]
+Unit = Literal["rank", "node", ""]
 
 _ITEM = re.compile(r"(?P<kind>[^:@]*)(?::(?P<target>[^@]*))?(?:@(?P<when>.*))?")
 _SECONDS = re.compile(r"[0-9]+(\.[0-9]+)?s")
@@ -30,7 +30,9 @@ KINDS: Mapping[str, Kind] = {
     "kill": Kind("rank", "the rank gets SIGKILL, as from the kernel when memory runs out"),
     "segv": Kind("rank", "the rank gets SIGSEGV, as after a bug in native code"),
     "stop": Kind("rank", "the rank gets SIGSTOP: it hangs, and stays"),
+    "term": Kind("rank", "the rank gets SIGTERM, the notice that its node is about to be taken away"),
     "persister": Kind("rank", "the process that writes the rank's checkpoints gets SIGKILL", interrupts=False),
+    "node": Kind("node", "the node's agent and all its ranks get SIGKILL"),
     "driver": Kind("", "the launcher gets SIGKILL, and the same command is started again"),
 }
 
@@ -41,8 +43,8 @@ class Fault:
 
     Attributes:
         kind: a word of :data:`KINDS`.
-        target: number of the rank; -1 where the kind takes none.
-        step: it happens once the target (any rank, if there is none) has been seen with so many steps done.
+        target: number of the rank or node; -1 where the kind takes none.
+        step: it happens once the target (any rank of the node, or of all) has been seen with so many steps done.
         seconds: or so long after the first rank came to its first step; one of the two is None.
     """
 
@@ -78,13 +80,15 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
     return tuple(faults)
 
 
-def check_faults(faults: tuple[Fault, ...], *, world: int, steps: int | None = None) -> list[Problem]:
-    """What of ``faults`` cannot happen to a run of ``world`` ranks, and of ``steps`` steps where that is known."""
+def check_faults(faults: tuple[Fault, ...], *, world: int, nodes: int, steps: int | None = None) -> list[Problem]:
+    """What of ``faults`` cannot happen to ``world`` ranks on ``nodes`` nodes, and in ``steps`` if that is known."""
     problems: list[Problem] = []
+    count = {"rank": world, "node": nodes}
     for fault in faults:
         where = f"--faults, '{fault}'"
-        if fault.target >= world:
-            problems.append(Problem(f"there is no rank {fault.target}", where, f"ranks are 0 to {world - 1}"))
+        unit = KINDS[fault.kind].unit
+        if unit and fault.target >= count[unit]:
+            problems.append(Problem(f"there is no {unit} {fault.target}", where, f"{unit}s are 0 to {count[unit] - 1}"))
         if steps is not None and fault.step is not None and fault.step >= steps:
             problems.append(Problem(f"the run has {steps} steps", where, f"a step before {steps}"))
     return problems

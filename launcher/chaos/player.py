@@ -15,7 +15,7 @@ from .faults import KINDS, Fault
 from .watch import Seat, Watch
 
 _POLL = 0.002
-_SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP}
+_SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 
 
 @dataclass
@@ -137,7 +137,8 @@ class Player:
             return time.monotonic() - self._first_step >= fault.seconds
         assert fault.step is not None
         seats = self._watch.seats.values()
-        return any(seat.beat.step >= fault.step for seat in seats if fault.target in (-1, seat.rank))
+        there = [seat for seat in seats if _concerns(fault, seat) and seat.beat.step >= fault.step]
+        return any(seat.process.alive for seat in there)
 
     def _strike(self, fault: Fault) -> None:
         """Have the fault happen; where there is nobody for it to happen to just now, it is tried again later."""
@@ -145,6 +146,8 @@ class Player:
         at = time.monotonic()
         if fault.kind == "driver":
             struck = self._strike_driver()
+        elif fault.kind == "node":
+            struck = self._strike_node(fault.target)
         else:
             seat = self._watch.seats.get(fault.target)
             struck = seat is not None and _strike_rank(fault, seat)
@@ -160,6 +163,15 @@ class Player:
         self._process.wait()
         return True
 
+    def _strike_node(self, node: int) -> bool:
+        agent = self._watch.agent(node)
+        if agent is None or not agent.signal(signal.SIGKILL):
+            return False
+        for seat in self._watch.seats.values():
+            if seat.node == node:
+                seat.process.signal(signal.SIGKILL)
+        return True
+
     def _note_progress(self) -> None:
         """Find out which faults the run has got over."""
         watch = self._watch
@@ -172,6 +184,12 @@ class Player:
                 played.mark = max([played.mark, *before])
                 if watch.generation > played.generation and watch.marks.get(watch.generation, -1) > played.mark:
                     played.back = now - played.at
+
+
+def _concerns(fault: Fault, seat: Seat) -> bool:
+    """Whether the seat is the fault's target, or one of several."""
+    unit = KINDS[fault.kind].unit
+    return not unit or fault.target == (seat.rank if unit == "rank" else seat.node)
 
 
 def _strike_rank(fault: Fault, seat: Seat) -> bool:

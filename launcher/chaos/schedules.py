@@ -12,15 +12,15 @@ _EARLIEST, _LATEST = 0.1, 0.85  # of the run: later ones might find it at its en
 
 
 def random_schedule(
-    seed: int, number: int, *, world: int, steps: int, kinds: Sequence[str] = tuple(KINDS)
+    seed: int, number: int, *, world: int, nodes: int, steps: int, kinds: Sequence[str] = tuple(KINDS)
 ) -> tuple[Fault, ...]:
     """Schedule ``number`` of ``seed``: one to three faults of ``kinds`` in the middle of a run, in order of steps."""
     draw = random.Random(f"{seed}/{number}")  # noqa: S311  # to be foretold is what it is for
-    faults = [_random_fault(draw, world, steps, kinds) for _ in range(draw.randint(1, _MOST))]
+    count = {"rank": world, "node": nodes}
+    faults: list[Fault] = []
+    for _ in range(draw.randint(1, _MOST)):
+        kind = draw.choice(kinds)
+        step = draw.randint(max(1, int(steps * _EARLIEST)), max(1, int(steps * _LATEST)))
+        unit = KINDS[kind].unit
+        faults.append(Fault(kind, draw.randrange(count[unit]) if unit else -1, step))
     return tuple(sorted(faults, key=lambda fault: fault.step or 0))
-
-
-def _random_fault(draw: random.Random, world: int, steps: int, kinds: Sequence[str]) -> Fault:
-    kind = draw.choice(kinds)
-    step = draw.randint(max(1, int(steps * _EARLIEST)), max(1, int(steps * _LATEST)))
-    return Fault(kind, draw.randrange(world) if KINDS[kind].unit else -1, step)

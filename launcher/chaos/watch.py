@@ -16,7 +16,7 @@ from typing import Any, Self
 from ...core.processes import Process
 from ...core.pulse import Beat, Pulse
 from ..live import FILE
-from ..rundir import Record, newest_run
+from ..rundir import newest_run
 
 _PULSE = "/memfd:dltrain-pulse"
 
@@ -26,12 +26,13 @@ class Seat:
     """A rank of this machine, seen from outside."""
 
     rank: int
+    node: int
     generation: int
     process: Process
     pulse: Pulse
 
     @classmethod
-    def find(cls, rank: int, generation: int, pid: int) -> Self | None:
+    def find(cls, rank: int, node: int, generation: int, pid: int) -> Self | None:
         """The rank that is process ``pid``; None where that is no rank, or has gone."""
         process = Process.of(pid)
         if process is None or _name(pid) != f"dltrain-rank{rank}"[:15]:
@@ -40,7 +41,7 @@ class Seat:
             for entry in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(OSError):
                     if str(entry.readlink()).startswith(_PULSE):
-                        return cls(rank, generation, process, Pulse(os.open(entry, os.O_RDWR | os.O_CLOEXEC)))
+                        return cls(rank, node, generation, process, Pulse(os.open(entry, os.O_RDWR | os.O_CLOEXEC)))
         return None
 
     @property
@@ -94,10 +95,15 @@ class Watch:
         """The most steps that any rank was ever seen with; -1 before the first came so far."""
         return max(self.marks.values(), default=-1)
 
-    def driver(self) -> Process | None:
-        """The process that drives the run now."""
-        record = Record.read(self.run) if self.run else None
-        return record.driver.process if record and record.driver else None
+    def agent(self, node: int) -> Process | None:
+        """The process of a node's agent."""
+        with contextlib.suppress(OSError, ValueError):
+            assert self.run is not None
+            facts: dict[str, Any] = json.loads((self.run / "environment.json").read_text(encoding="utf-8"))
+            for host in facts["hosts"]:
+                if host["node"] == node and _name(host["agent"]).startswith("ray::"):
+                    return Process.of(host["agent"])
+        return None
 
     def look(self) -> None:
         """See where the ranks are now."""
@@ -106,7 +112,7 @@ class Watch:
             self.total_steps = facts["total_steps"] or self.total_steps
             self.starts |= {int(generation): step for generation, step in facts["starts"]}
             for rank in facts["ranks"]:
-                self._seat(rank["rank"], facts["generation"], rank["pid"])
+                self._seat(rank["rank"], rank["node"], facts["generation"], rank["pid"])
         for seat in self.seats.values():
             self._mark(seat)
 
@@ -115,10 +121,10 @@ class Watch:
         done = sum(max(0, mark - self.starts.get(generation, mark)) for generation, mark in self.marks.items())
         return max(0, done - self.furthest)
 
-    def _seat(self, rank: int, generation: int, pid: int) -> None:
+    def _seat(self, rank: int, node: int, generation: int, pid: int) -> None:
         there = self.seats.get(rank)
         if pid and (there is None or there.process.pid != pid or not there.process.alive):
-            found = Seat.find(rank, generation, pid)
+            found = Seat.find(rank, node, generation, pid)
             if found is not None:
                 if there is not None:
                     self._mark(there)  # it may have come further since the last look
