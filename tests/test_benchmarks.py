@@ -68,3 +68,11 @@ def test_launches_are_measured() -> None:
     without = ("Ray Train", "dltrain cold, 2 nodes")  # the first is an extra of the benchmarks
     printed = run("launch.py", "--ranks", "2", "--repeats", "1", "--without", *without)
     assert "dltrain warm" in printed.rpartition("spread")[2]
+
+
+@pytest.mark.slow
+def test_recoveries_are_measured() -> None:
+    without = ("Ray Train", "torchrun, plain store")
+    found = rows(run("recovery.py", "--ranks", "2", "--repeats", "1", "--without", *without))
+    assert [cells[0] for cells in found] == ["dltrain", "torchrun"]
+    assert [cells[5] for cells in found] == ["1 of 1", "1 of 1"]
