@@ -74,6 +74,7 @@ def _submission(options: Sequence[str], target: Sequence[str]) -> Submission:
         target=tuple(target),
         is_job=is_job,
         resources=job.resources,
+        machines=job.resources.nodes + job.recovery.spares,
         stop_grace=job.recovery.stop_grace,
         folder=Path.cwd(),
         runs=request.run_dir.absolute(),

@@ -27,6 +27,7 @@ SUBMISSION = Submission(
     target=("job.yaml", "train.epochs=3", "name=it's"),
     is_job=True,
     resources=Resources(nodes=2, nproc_per_node=4),
+    machines=2,
     stop_grace=30.0,
     folder=Path("/home/me/my project"),
     runs=Path("/home/me/my project/runs"),
@@ -106,6 +107,7 @@ def test_a_cluster_file_that_cannot_be_right_is_refused_by_line(text: str, says:
     ("line", "says"),
     [
         ("--cluster nowhere", "there is no cluster file 'nowhere'"),
+        ("--cluster own.yaml --nodes 2 recovery.spares=1", "the job wants 3 nodes"),
         ("--cluster own.yaml --nodes 3", "the job wants 3 nodes, the file allows 1 workers"),
         ("--cluster hosts --address auto", "--address: has no place in dltrain submit"),
         ("--cluster hosts --nodes 4", "the job wants 4 nodes, the hostfile has 3"),

@@ -164,7 +164,7 @@ class KubeRay(Adapter):
         spec["jobId"] = name
         cluster = spec["rayClusterSpec"]
         workers = cluster["workerGroupSpecs"][0]
-        nodes = submission.resources.nodes
+        nodes = submission.machines
         workers |= {"replicas": nodes, "minReplicas": nodes, "maxReplicas": nodes}
         wait = {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": f"{submission.stop_grace + 120:.0f}"}
         for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):

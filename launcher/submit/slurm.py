@@ -86,7 +86,7 @@ class Slurm(Adapter):
         said = f"Slurm, sbatch {options}".rstrip()
         if shutil.which("sbatch") is None or _ask("scontrol", "ping").returncode:
             return [said, "no Slurm answers here: its options were not tried"]
-        trial = Submission("check", (), ("true",), False, Resources(), 0.0, Path("/"), Path("/"), {})
+        trial = Submission("check", (), ("true",), False, Resources(), 1, 0.0, Path("/"), Path("/"), {})
         done = _ask("sbatch", "--test-only", text=self._script(trial))
         if done.returncode:
             raise JobError(Problem(done.stderr.strip(), "sbatch --test-only"))
@@ -119,7 +119,7 @@ class Slurm(Adapter):
         resources, file = submission.resources, self._file
         options = {
             "job-name": submission.name,
-            "nodes": resources.nodes,
+            "nodes": submission.machines,
             "ntasks-per-node": 1,
             "output": str(log),
             "open-mode": "append",
@@ -137,7 +137,7 @@ class Slurm(Adapter):
             launch=("dltrain", "launch", *submission.options, f"--run-dir={submission.runs}"),
             target=submission.words,
             again=("--resume=auto",) if submission.is_job else (),
-            nodes=resources.nodes,
+            nodes=submission.machines,
             requeue=file.requeue,
         )
 

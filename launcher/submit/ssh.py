@@ -69,7 +69,7 @@ class Ssh(Adapter):
         ]
 
     def _plan(self, submission: Submission, number: str) -> Plan:
-        nodes = submission.resources.nodes
+        nodes = submission.machines
         if nodes > len(self._hosts):
             what = f"the job wants {nodes} nodes, the hostfile has {len(self._hosts)}"
             raise JobError(Problem(what, "--nodes", "add hosts, or ask for fewer"))

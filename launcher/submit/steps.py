@@ -26,6 +26,7 @@ class Submission:
         target: the job file and overrides, or the script and its arguments.
         is_job: whether the target is a job, which can go on from a checkpoint.
         resources: nodes and ranks.
+        machines: how many there have to be, those that wait as spares among them.
         stop_grace: seconds that ranks get to end.
         folder: the working directory.
         runs: parent of the run directories here.
@@ -37,6 +38,7 @@ class Submission:
     target: tuple[str, ...]
     is_job: bool
     resources: Resources
+    machines: int
     stop_grace: float
     folder: Path
     runs: Path

@@ -56,16 +56,14 @@ class Machines(Adapter):
         return [f"machines of {self._value['provider']['type']} for Ray's cluster launcher, as its schema has it"]
 
     def _entrypoint(self, submission: Submission, number: str) -> str:
-        gather = (
-            f'python -P -m dltrain.launcher.submit.gather "$RAY_ADDRESS" {submission.resources.nodes} $$ {_MACHINES}'
-        )
+        gather = f'python -P -m dltrain.launcher.submit.gather "$RAY_ADDRESS" {submission.machines} $$ {_MACHINES}'
         more = (f"--run-dir={_RUNS}", "--address=auto", f"--submission={self.kind}-{number}")
         return f"{gather} && exec {launch_command(submission, *more)}"
 
     def _refuse_too_many(self, submission: Submission) -> None:
         most = self._value.get("max_workers")
-        if isinstance(most, int) and submission.resources.nodes > most + 1:
-            what = f"the job wants {submission.resources.nodes} nodes, the file allows {most} workers"
+        if isinstance(most, int) and submission.machines > most + 1:
+            what = f"the job wants {submission.machines} nodes, the file allows {most} workers"
             raise JobError(Problem(what, "--nodes", f"raise max_workers in {self._path.name}"))
 
     def render(self, submission: Submission) -> Steps:
