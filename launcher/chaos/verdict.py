@@ -12,8 +12,8 @@ from ...checkpoint.reader import catalogue, open_manifest
 from ...core.storage import Storage
 from ...tracking.journal import read_rows
 
-#: Metrics that a clock gives: these differ between any two runs.
-_MEASURED = ("_seconds", "_per_second")
+#: Metrics that differ between any two runs: a clock gives them, or says in which row they stand.
+_TIMES, _AT_THEIR_TIME = ("_seconds", "_per_second"), ("checkpoint/",)
 
 
 @dataclass(frozen=True)
@@ -90,4 +90,4 @@ def _of_steps(steps: tuple[int, ...], clean: tuple[int, ...]) -> str:
 
 
 def _computed(name: str) -> bool:
-    return not name.endswith(_MEASURED)
+    return not name.endswith(_TIMES) and not name.startswith(_AT_THEIR_TIME)
