@@ -93,13 +93,13 @@ def take(storage: Storage, run: str, *, pid: int, on_message: Callable[[str], No
 
 def of_generation(token: str, generation: int) -> str:
     """The token for a generation of the holder's ranks. Once it was renewed, those of older ones are no longer good."""
-    return f"{_split(token)[0]}.{generation}"
+    return f"{_taking(token)}.{generation}"
 
 
 def renew(storage: Storage, token: str) -> Lease | None:
     """Say that the holder of ``token`` is still at work; who has taken over instead, if somebody has.
 
-    An older generation's token in the file gives way to a newer one's.
+    An older generation's token in the file gives way to a newer one's. The holder's own, which is of none, leaves it.
 
     A lease file that is gone is no longer anybody's, and is not made again.
 
@@ -109,7 +109,8 @@ def renew(storage: Storage, token: str) -> Lease | None:
     held = _read(storage)
     if held is None or not _good(token, held):
         return held
-    renewed = held.model_copy(update={"token": token, "renewed": time.time()})
+    newest = token if _generation(token) >= 0 else held.token
+    renewed = held.model_copy(update={"token": newest, "renewed": time.time()})
     storage.write(LEASE, [renewed.model_dump_json().encode()])
     return None
 
@@ -122,19 +123,23 @@ def holder(storage: Storage) -> Lease | None:
 def release(storage: Storage, token: str) -> None:
     """Give the lease back, if ``token`` still holds it. Raises OSError."""
     held = _read(storage)
-    if held is not None and _split(held.token)[0] == _split(token)[0]:
+    if held is not None and _taking(held.token) == _taking(token):
         storage.remove(LEASE)
 
 
-def _split(token: str) -> tuple[str, int]:
-    taking, _, generation = token.partition(".")
-    return taking, int(generation or 0)
+def _taking(token: str) -> str:
+    return token.partition(".")[0]
+
+
+def _generation(token: str) -> int:
+    """Of ranks; -1 where the token is the holder's own."""
+    return int(token.partition(".")[2] or -1)
 
 
 def _good(token: str, held: Lease) -> bool:
     """Whether ``token`` is the holder's, and of no older generation than the one that is at work."""
-    (ours, generation), (theirs, newest) = _split(token), _split(held.token)
-    return ours == theirs and generation >= newest
+    own = _generation(token) < 0
+    return _taking(token) == _taking(held.token) and (own or _generation(token) >= _generation(held.token))
 
 
 def _expect_over(storage: Storage, held: Lease, on_message: Callable[[str], None], where: str) -> None:

@@ -94,8 +94,7 @@ class HeldLease:
         Where the storage cannot be reached, the generation's own first renewal does it.
         """
         with self._lock:
-            self.token = of_generation(self.token, generation)
-            self._renew()
+            self._renew(of_generation(self.token, generation))
 
     def close(self) -> None:
         """Give it back."""
@@ -107,11 +106,11 @@ class HeldLease:
     def _run(self) -> None:
         while not self._over.wait(RENEW):
             with self._lock:
-                self._renew()
+                self._renew(self.token)
 
-    def _renew(self) -> None:
+    def _renew(self, token: str) -> None:
         with contextlib.suppress(OSError):
-            renew(self._storage, self.token)
+            renew(self._storage, token)
 
 
 @contextlib.contextmanager
