@@ -216,6 +216,51 @@ def chaos(
     raise typer.Exit(play(target or [], faults=faults, random=random, seed=seed, schedule=schedule, as_json=as_json))
 
 
+@app.command("plan")
+def plan(
+    target: Annotated[list[str] | None, typer.Argument(metavar="TARGET", help=_JOB_HELP, show_default=False)] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option("--nodes", metavar="N", help="Machines (default: the job's resources.nodes).", show_default=False),
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option("--gpus-per-node", metavar="N", help="Ranks on each (default with --gpu: 8).", show_default=False),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            "--gpu", metavar="NAME", help="H100-80GB, A100-40GB, …; cpu-24GB is a machine without.", show_default=False
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Memory of each rank, as 80GiB.", show_default=False),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Look at tensor groups and pipelines where simpler ways fit, too.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print which strategies a job fits with, in how much memory and time, on machines that need not be there.
+
+    Exit code: 0 one fits, 1 none does, 2 wrong request.
+    """
+    from .plan import show_plan
+
+    raise typer.Exit(
+        show_plan(
+            target or [],
+            nodes=nodes,
+            per_node=gpus_per_node,
+            gpu=gpu,
+            memory=memory,
+            everything=everything,
+            as_json=as_json,
+        )
+    )
+
+
 @app.command("status")
 def status(
     run: _Run = None,

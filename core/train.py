@@ -113,6 +113,8 @@ class TrainSpec(Spec):
     """Compile the model with torch.compile; the first step takes longer."""
     evaluate_every: int | None = Field(default=None, gt=0)
     """Optimizer steps between evaluations on the validation part; the default is once an epoch."""
+    evaluate_batch: int = Field(default=64, gt=0)
+    """Samples in one forward pass of an evaluation."""
     early_stop: EarlyStop = Field(default_factory=EarlyStop)
     """When to end before 'steps' or 'epochs'."""
     log_every: int = Field(default=1, gt=0)

@@ -30,6 +30,7 @@ _FREE = (
     *("tracking", "resources", "recovery", "checkpoint.every", "checkpoint.options"),
     *("checkpoint.keep", "checkpoint.keep_best", "checkpoint.keep_best_goal"),
     *("data.prefetch", "data.workers", "data.storage", "train.log_every", "train.nonfinite", "train.recompute"),
+    "train.evaluate_batch",
     # how the model is spread, except for lossy compression
     *(f"parallel.{key}" for key in ("strategy", "tensor", "sequence", "replicas", "reshard", "reduce", "offload")),
     *(f"parallel.{key}" for key in ("bucket_mb", "static_graph", "deepspeed")),

@@ -20,7 +20,7 @@ from .losses import cross_entropy
 from .text import token_metrics
 
 #: Sizes by name; the parameters counted are those of the language model with its own vocabulary. 125m and 350m have
-#: the widths and depths of GPT-2's (Radford et al. 2019), 1b and 7b are those of Llama 3.2 and of Llama 2.
+#: the widths and depths of GPT-2's (Radford et al. 2019), 1b, 7b and 70b are those of Llama 3.2, Llama 2 and Llama 3.
 PRESETS: Mapping[str, Mapping[str, int | bool]] = {
     "tiny": {"dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "feedforward": 192},
     "mini": {"dim": 192, "layers": 4, "heads": 6, "kv_heads": 2, "feedforward": 512},
@@ -37,6 +37,15 @@ PRESETS: Mapping[str, Mapping[str, int | bool]] = {
         "vocabulary": 32000,
         "tie_weights": False,
     },
+    "70b": {
+        "dim": 8192,
+        "layers": 80,
+        "heads": 64,
+        "kv_heads": 8,
+        "feedforward": 28672,
+        "vocabulary": 128256,
+        "tie_weights": False,
+    },
 }
 _KEYS = {"tie_weights": ("next_token",), **dict.fromkeys(("classes", "inputs"), ("classify",))}
 _TOKEN_KEYS = ("vocabulary", "tie_weights")  # of a preset these are the language model's alone
@@ -50,7 +59,7 @@ class TransformerConfig(Spec):
     task: Literal["next_token", "classify"] = "next_token"
     """'next_token': a decoder-only language model. 'classify': an encoder, which reads in both directions, and the
     class from the mean over all places."""
-    preset: Literal["tiny", "mini", "small", "125m", "350m", "1b", "7b"] = "tiny"
+    preset: Literal["tiny", "mini", "small", "125m", "350m", "1b", "7b", "70b"] = "tiny"
     """A size by name: sets dim, layers, heads, kv_heads, feedforward, and of a language model from 125m on the
     vocabulary. Keys that are given beside it override it."""
     vocabulary: int = Field(256, gt=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,9 @@ from .stages import Stage, check_pipeline, divide, first_names, holders, keep
 from .tensor import check_cut, cut
 from .torch_engine import TorchEngine, Trained
 
+#: Makes the spread of a part of which every rank holds a copy.
+Copies = Callable[[nn.Module, Parallel, torch.device], Spread]
+
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,6 +53,29 @@ def build_engine(
     if dealer is not None:
         dealer.check(modules)
         dealer.move(device)
+    return assemble(
+        job, recipe, modules, rank=rank, world=world, device=device, reseed=reseed, mark=mark, dealer=dealer
+    )
+
+
+def assemble(
+    job: Job,
+    recipe: Recipe,
+    modules: Mapping[str, nn.Module],
+    *,
+    rank: int,
+    world: int,
+    device: torch.device,
+    reseed: Reseed,
+    mark: Mark,
+    dealer: Dealer | None = None,
+    ddp: Copies = Ddp,
+) -> Engine:
+    """As :func:`build_engine`, of the recipe's ``modules``, which ``dealer`` has dealt to the ranks if there is one.
+
+    ``ddp`` spreads a part that every rank holds whole.
+    """
+    parallel = job.parallel
     check_parts(job, recipe, modules)
     if job.train.precision == "fp16":
         _check_float16(modules, device)
@@ -57,16 +83,17 @@ def build_engine(
         recipe,
         1 if job.numerics == "reproducible" else parallel.axes(world)["data"],
         counts=parallel.counts(rank, world),
-        precision=_precision(job, device),
+        precision=autocast(job, device),
         reseed=reseed,
         mark=mark,
     )
     parameters = sum(weight.numel() for module in modules.values() for weight in module.parameters())
     if parallel.pipeline > 1:
         engine = _pipeline(passes, modules, job, world=world, device=device)
+    elif parallel.zero_stage:
+        engine = _zero(passes, modules, job, world=world, device=device, dealer=dealer)
     else:
-        make = _zero if parallel.zero_stage else _torch
-        engine = make(passes, modules, job, world=world, device=device, dealer=dealer)
+        engine = _torch(passes, modules, job, world=world, device=device, dealer=dealer, ddp=ddp)
     engine.parameters = parameters
     return engine
 
@@ -79,6 +106,7 @@ def _torch(
     world: int,
     device: torch.device,
     dealer: Dealer | None,
+    ddp: Copies,
 ) -> Engine:
     parallel = job.parallel
     mesh = _mesh(parallel, world, device)
@@ -94,7 +122,7 @@ def _torch(
             recompute(module, layout.units)
         if job.train.compile:
             _compile(module, layout.units if mesh is not None else ())
-        spread = _spread(job, module, layout.units, parallel.axes(world)["data"], mesh, device, dealer)
+        spread = _spread(job, module, layout.units, parallel.axes(world)["data"], mesh, device, dealer, ddp)
         weights = [Weight(parameter) for parameter in module.parameters() if parameter.requires_grad]
         spec = job.train.optimizer_of(name)
         optimizers = build_optimizers(module, spec, [weight.piece for weight in weights])
@@ -291,6 +319,7 @@ def _spread(
     mesh: DeviceMesh | None,
     device: torch.device,
     dealer: Dealer | None = None,
+    ddp: Copies = Ddp,
 ) -> Spread:
     parallel = job.parallel
     if job.numerics == "reproducible":
@@ -298,7 +327,7 @@ def _spread(
     if data == 1:
         return Alone(module)
     if mesh is None:
-        return Ddp(module, parallel, device)
+        return ddp(module, parallel, device)
     cut_in_two = parallel.replicas > 1 or parallel.strategy == "ddp"
     return Fsdp(
         module,
@@ -322,7 +351,8 @@ def _compile(module: nn.Module, units: Sequence[str]) -> None:
         part.compile()
 
 
-def _precision(job: Job, device: torch.device) -> Precision:
+def autocast(job: Job, device: torch.device) -> Precision:
+    """Makes the context that a forward pass of the job runs in."""
     half = _HALF.get(job.train.precision)
     if half is None:
         return contextlib.nullcontext

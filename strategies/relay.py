@@ -56,19 +56,22 @@ class Notes:
     where the one before has stopped.
     """
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup) -> None:
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
         self._device, self._group = device, group
         self._states = [len(state) for state in generator_states(device)]
 
     def send(self, form: Form, peer: int, tag: int) -> dist.Work:
         """Tell rank ``peer`` of the group of a tensor to come, and of the generators as they are now."""
+        return _started(dist.isend(self.write(form), group=self._group, group_dst=peer, tag=tag))
+
+    def write(self, form: Form) -> Tensor:
+        """What :meth:`send` sends."""
         if len(form.shape) > _AXES or form.dtype not in _DTYPES:
             what = f"{form.dtype} with {len(form.shape)} axes"
             raise TypeError(f"a pipeline's stages cannot send each other a tensor of {what}")
         head = [_DTYPES.index(form.dtype), int(form.has_gradient), len(form.shape), *form.shape]
         head += [0] * (3 + _AXES - len(head))
-        note = torch.cat([torch.tensor(head).view(torch.uint8), *generator_states(self._device)])
-        return _started(dist.isend(note, group=self._group, group_dst=peer, tag=tag))
+        return torch.cat([torch.tensor(head).view(torch.uint8), *generator_states(self._device)])
 
     def receive(self, peer: int, tag: int) -> Note:
         """Begin to wait for what ``peer`` sends."""

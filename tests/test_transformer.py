@@ -149,7 +149,9 @@ def test_dropout_acts_in_training_alone() -> None:
 
 
 # Llama 2 7B and Llama 3.2 1B have these numbers of parameters.
-@pytest.mark.parametrize(("preset", "parameters"), [("7b", 6_738_415_616), ("1b", 1_235_814_400)])
+@pytest.mark.parametrize(
+    ("preset", "parameters"), [("70b", 70_553_706_496), ("7b", 6_738_415_616), ("1b", 1_235_814_400)]
+)
 def test_large_presets_can_be_built_without_memory(preset: str, parameters: int) -> None:
     recipe = TransformerRecipe(preset=preset)
     with torch.device("meta"):

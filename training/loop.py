@@ -242,7 +242,7 @@ class Trainer:
             self._parts[part],
             rank=self._place["data"],
             data_ranks=self._data_ranks,
-            batch_size=64,
+            batch_size=self._job.train.evaluate_batch,
             normalizer=self._normalizer,
         )
 
