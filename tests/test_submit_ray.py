@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import dltrain
 from launching import BIN, Sandbox, wait_for
 from ray_clusters import free_ports, ray_head
 from runs import RunFolder
@@ -106,15 +107,15 @@ def test_jobs_of_the_jobs_api_bring_their_code_and_are_followed_and_stopped(
     assert token["RAY_AUTH_TOKEN"] not in written
 
 
-def test_code_that_is_too_much_is_refused_with_the_largest_files(sandbox: Sandbox) -> None:
-    (sandbox.folder / "c.yaml").write_text("kind: ray\naddress: http://a:1\nlimit_mb: 0.01\n", encoding="utf-8")
-    (sandbox.folder / "weights.bin").write_bytes(bytes(20_000))
-    (sandbox.folder / "train.py").touch()
-    refused = sandbox.run("submit", "--cluster", "c", "train.py")
-    assert refused.returncode == 2
-    assert "are more than the limit of 0.01 MB" in refused.stderr
-    assert "weights.bin (0.0 MB)" in refused.stderr
-    (sandbox.folder / ".gitignore").write_text("*.bin\n", encoding="utf-8")
-    shown = sandbox.run("submit", "--cluster", "c", "--dry-run", "train.py")
-    assert shown.returncode == 0, shown.stderr
-    assert f"{sandbox.folder} is sent: 3 files" in shown.stdout
+def test_code_that_is_too_much_is_refused_with_the_largest_files(empty_folder: Path) -> None:
+    Path("c.yaml").write_text("kind: ray\naddress: http://a:1\nlimit_mb: 0.01\n", encoding="utf-8")
+    Path("weights.bin").write_bytes(bytes(20_000))
+    Path("train.py").touch()
+    refused = dltrain("submit", "--cluster", "c", "train.py")
+    assert refused.code == 2
+    assert "are more than the limit of 0.01 MB" in refused.err
+    assert "weights.bin (0.0 MB)" in refused.err
+    Path(".gitignore").write_text("*.bin\n", encoding="utf-8")
+    shown = dltrain("submit", "--cluster", "c", "--dry-run", "train.py")
+    assert shown.code == 0, shown.err
+    assert f"{empty_folder} is sent: 3 files" in shown.out

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from command import dltrain
 from launching import Sandbox, wait_for
 from runs import RunFolder
 from slurm_cluster import SlurmCluster, slurm, why_not
 from stage import JOB, assert_same_run, gate, put_recipe
 
-CLUSTER = "kind: slurm\nsbatch: {time: 30}\nwarning: 1min\n"
+CLUSTER = "kind: slurm\nsbatch: {time: 30, exclusive: true}\nwarning: 1min\n"
 ONE_THREAD = "resources.cpus_per_rank=1"  # threads share out sums: they change bits
 
 
@@ -36,8 +38,8 @@ def submitted(box: Sandbox, cluster: SlurmCluster, *more: str) -> str:
     """Submit the staged job for two nodes; Slurm's number of it."""
     done = box.run("submit", "--cluster", "here", "--nodes", "2", *JOB, ONE_THREAD, *more, **cluster.environ)
     assert done.returncode == 0, done.stderr
-    assert "submitted digits/slurm-" in done.stdout
-    return done.stdout.partition("digits/slurm-")[2].split()[0]
+    assert done.stdout.startswith("submitted "), done.stdout
+    return done.stdout.partition("/slurm-")[2].split()[0]
 
 
 def at_gate(box: Sandbox, job: str) -> None:
@@ -110,8 +112,10 @@ def told_to_stop(box: Sandbox) -> bool:
     return facts["stop_requests"] > 0
 
 
-def test_a_dry_run_shows_the_script_and_starts_nothing(sandbox: Sandbox) -> None:
-    (sandbox.folder / "here.yaml").write_text(CLUSTER, encoding="utf-8")
-    shown = sandbox.run("submit", "--cluster", "here", "--nodes=2", "--dry-run", "--run-dir=out", "train.epochs=3")
-    assert shown.returncode == 0, shown.stderr
-    assert not (sandbox.folder / "out").exists()
+def test_a_dry_run_shows_the_script_and_starts_nothing(empty_folder: Path) -> None:
+    Path("here.yaml").write_text(CLUSTER, encoding="utf-8")
+    shown = dltrain("submit", "--cluster", "here", "--nodes=2", "--dry-run", "--run-dir=out", "train.epochs=3")
+    assert shown.code == 0, shown.err
+    assert "#SBATCH --signal=B:USR1@60" in shown.out
+    assert f"launch=(dltrain launch --nodes=2 --run-dir={empty_folder}/out)" in shown.out
+    assert not Path("out").exists()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from command import dltrain
 from launching import Sandbox, wait_for
 from runs import RunFolder
 from ssh_hosts import SshHosts, ssh_hosts, why_not
@@ -60,9 +62,9 @@ def test_a_job_over_ssh_ends_with_the_same_weights_and_ctrl_c_ends_it_all(
     assert [line.split()[:3] for line in listed.stdout.splitlines()[1:]] == [["digits/0001", "finished", "60"]]
 
 
-def test_a_hostfile_that_cannot_be_right_is_refused_by_line(sandbox: Sandbox) -> None:
-    (sandbox.folder / "hostfile").write_text("# two\na slots=4\nb slots four\na\n-oProxyCommand=x\n", encoding="utf-8")
-    refused = sandbox.run("cluster", "check", "hostfile")
-    assert refused.returncode == 2
+def test_a_hostfile_that_cannot_be_right_is_refused_by_line(empty_folder: Path) -> None:
+    Path("hostfile").write_text("# two\na slots=4\nb slots four\na\n-oProxyCommand=x\n", encoding="utf-8")
+    refused = dltrain("cluster", "check", "hostfile")
+    assert refused.code == 2
     for says in ("hostfile:3: 'b slots four' is no host", "hostfile:4: 'a' stands here twice", "hostfile:5: '-oProxy"):
-        assert says in refused.stderr
+        assert says in refused.err
