@@ -84,6 +84,7 @@ def test_ranks_that_become_fewer_and_more_compute_the_bits_of_one(tmp_path: Path
     four = begins(tmp_path / "four", (*job, "parallel.bucket_mb=0.002"), ranks=4)
     assert four.numbers() == one.numbers()
     assert hashes(four) == hashes(one)
+    assert one.losses() == pytest.approx(begins(tmp_path / "fast", CNN, ranks=1).losses(), rel=1e-5)
     two = goes_on(tmp_path / "two", job, four, ranks=2)
     again = goes_on(tmp_path / "again", job, two, ranks=4, step=LATE)
     for run, step in ((two, MIDDLE), (again, LATE)):
