@@ -24,10 +24,12 @@ from dltrain.checkpoint.reader import open_manifest
 from dltrain.core.contracts import Shard
 from dltrain.core.job import Job
 from dltrain.core.storage import Storage
+from dltrain.training.context import context
 from dltrain.training.filling import fill_all
+from dltrain.training.memory import Memory, Position
 from dltrain.training.persistence import Persister
 from dltrain.training.reporter import StandaloneReporter
-from dltrain.training.snapshot import Position, Snapshots
+from dltrain.training.snapshot import Snapshots
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -110,9 +112,8 @@ class Ours(Way):
         persister.open(url=where, options={}, rank=state.rank, keep=2, best=best, lease="")
         reporter = StandaloneReporter(rank=state.rank, world=state.world, run_dir=Path.cwd())
         self.storage = Storage(where)
-        self.snapshots = Snapshots(
-            persister, self.storage, Job.model_validate({}), rank=state.rank, world=state.world, reporter=reporter
-        )
+        memory = Memory(Job.model_validate({}), context(), hold=None)
+        self.snapshots = Snapshots(persister, memory, rank=state.rank, world=state.world, reporter=reporter)
 
     def folder(self, step: int) -> Path:
         return Path.cwd() / self.name / f"step-{step:08d}"

@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 from ..core.errors import DltrainError
 from ..core.storage import Storage
 from ..core.wire import Channel
+from .image import DATA
 from .lease import RENEW, Lease, renew
 from .retention import Best, prune
 from .saving import GivenUp, Patience, Saving, Snapshot, snapshot_from
@@ -162,13 +163,13 @@ class Persister:
         """The snapshot in two descriptors. Their memory stays mapped, as the rank uses the same again and again."""
         inode, size = os.fstat(image).st_ino, os.fstat(image).st_size
         if inode not in self._images:
-            if len(self._images) > 1:  # the rank has made larger ones
+            if len(self._images) > 3:  # the rank has made larger ones
                 self._images.clear()
             self._images[inode] = mmap.mmap(image, size, prot=mmap.PROT_READ)
         os.close(image)
         with os.fdopen(text, "rb") as file:
             file.seek(0)
-            return snapshot_from(file.read(), memoryview(self._images[inode]))
+            return snapshot_from(file.read(), memoryview(self._images[inode])[DATA:])
 
     def _add(self, task: _Task) -> None:
         self._tasks.append(task)

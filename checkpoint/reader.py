@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,18 @@ Slice = tuple[tuple[int, ...], tuple[int, ...]]
 
 _READERS = 4  # threads, each with one run in memory
 _RUN = 16 << 20  # bytes that are read at once, where pieces follow each other; glibc reuses memory up to 32 MiB
+
+
+class Files(Protocol):
+    """Where a checkpoint's bytes come from: a storage, or images in memory."""
+
+    def size(self, name: str) -> int:
+        """Length of the file in bytes. Raises FileNotFoundError."""
+        ...
+
+    def read_into(self, name: str, begin: int, buffers: Sequence[memoryview]) -> None:
+        """The bytes of the file from ``begin`` on, into one buffer of bytes after the other, until all are full."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ def open_manifest(storage: Storage, step: int) -> Manifest:
     return parse(raw, step=step, where=f"{storage}/{name}")
 
 
-def read(storage: Storage, manifest: Manifest, wanted: Mapping[str, Slice] | None = None) -> dict[str, Tensor]:
+def read(storage: Files, manifest: Manifest, wanted: Mapping[str, Slice] | None = None) -> dict[str, Tensor]:
     """Tensors on the CPU with exactly the ``wanted`` slices (offset, shape) by name; all whole tensors by default.
 
     Raises:
@@ -90,9 +102,7 @@ def read(storage: Storage, manifest: Manifest, wanted: Mapping[str, Slice] | Non
     return {fqn: from_array(array, manifest.tensors[fqn].dtype) for fqn, array in arrays.items()}
 
 
-def read_arrays(
-    storage: Storage, manifest: Manifest, wanted: Mapping[str, Slice] | None = None
-) -> dict[str, np.ndarray]:
+def read_arrays(storage: Files, manifest: Manifest, wanted: Mapping[str, Slice] | None = None) -> dict[str, np.ndarray]:
     """As :func:`read`, as bit patterns: unsigned integers of the element's width (uint8, 16, 32 or 64)."""
     if wanted is None:
         wanted = {fqn: ((0,) * len(entry.shape), entry.shape) for fqn, entry in manifest.tensors.items()}
@@ -103,7 +113,7 @@ def read_arrays(
     return arrays
 
 
-def read_into(storage: Storage, manifest: Manifest, targets: Mapping[str, Sequence[Target]]) -> None:
+def read_into(storage: Files, manifest: Manifest, targets: Mapping[str, Sequence[Target]]) -> None:
     """Fill each target with the slice of its tensor.
 
     Only the pieces that the slices touch are read, each once, and straight into the target where it lies there in one
@@ -125,9 +135,7 @@ def bits(manifest: Manifest, fqn: str) -> np.dtype:
     return np.dtype(f"<u{ITEMSIZE[manifest.tensors[fqn].dtype]}")
 
 
-def _carry_out(
-    storage: Storage, manifest: Manifest, loads: list[_Load], targets: Mapping[str, Sequence[Target]]
-) -> None:
+def _carry_out(storage: Files, manifest: Manifest, loads: list[_Load], targets: Mapping[str, Sequence[Target]]) -> None:
     def load(run: list[_Load]) -> None:
         file, begin = run[0].piece.file, run[0].piece.begin
         places = [[targets[item.fqn][number] for number in item.targets] for item in run]
@@ -138,7 +146,7 @@ def _carry_out(
         ]
         storage.read_into(f"{folder_name(manifest.step)}/{file}", begin, [buffer.data for buffer in buffers])
         for (fqn, piece, _), of_it, found, buffer in zip(run, places, straight, buffers, strict=True):
-            if not matches(buffer.data, piece.hash):
+            if piece.hash and not matches(buffer.data, piece.hash):  # what lies in memory has none
                 why = f"bytes [{piece.begin}, {piece.end}) do not match their {algorithm(piece.hash)}"
                 raise CorruptCheckpoint(manifest.step, file, fqn, why)
             for target in of_it:
@@ -200,7 +208,7 @@ def _overlap(one: Slice, other: Slice) -> bool:
     return all(max(a, b) < min(a + n, b + m) for a, n, b, m in zip(*one, *other, strict=True))
 
 
-def _check_files(storage: Storage, step: int, loads: list[_Load]) -> None:
+def _check_files(storage: Files, step: int, loads: list[_Load]) -> None:
     """Raise CorruptCheckpoint unless every needed file is there and long enough."""
     for file, group in groupby(loads, key=lambda item: item.piece.file):
         fqn, last, _ = list(group)[-1]

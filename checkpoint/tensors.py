@@ -63,3 +63,8 @@ def bits(tensor: Tensor) -> np.ndarray | None:
 def from_array(array: np.ndarray, dtype: str) -> Tensor:
     """The tensor whose bit patterns ``array`` holds as unsigned integers; it keeps the array's memory."""
     return torch.from_numpy(array).view(_DTYPES[dtype])
+
+
+def typed(raw: Tensor, dtype: str) -> Tensor:
+    """Bytes on the CPU, seen as elements of a dtype."""
+    return raw.view(_DTYPES[dtype])

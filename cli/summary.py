@@ -16,6 +16,9 @@ from .render import data_size
 
 if TYPE_CHECKING:
     from ..launcher.carry import RunResult
+    from ..launcher.failure import Cost
+
+_RESTARTS_SHOWN = 3
 
 
 def print_summary(job: Job, result: RunResult) -> None:
@@ -35,7 +38,7 @@ def print_summary(job: Job, result: RunResult) -> None:
     if result.checkpoints:
         table.add_row("checkpoints", _cost(result.checkpoints))
     if result.restarts:
-        table.add_row("restarts", str(result.restarts))
+        table.add_row("restarts", f"{result.restarts}{_restarts(result.costs)}")
     table.add_row("run", str(run))
     table.add_row("W&B", result.tracking.url or f"{result.tracking.state}, {result.tracking.rows} rows")
     console.print(f"\n{job.name}: {result.status} after {result.step} steps", style="bold")
@@ -52,6 +55,15 @@ def _cost(checkpoints: Sequence[Mapping[str, float]]) -> str:
     slowest = max(cost["durable_seconds"] for cost in checkpoints)
     size = data_size(checkpoints[-1]["bytes"])
     return f"{len(checkpoints)} of {size}: training waited {waited:.2f} s, durable within {duration(slowest)}"
+
+
+def _restarts(costs: Sequence[Cost]) -> str:
+    """What restarts cost, and what the last ones went on from."""
+    if not costs:
+        return ""
+    again, seconds = sum(cost.steps for cost in costs), sum(cost.seconds for cost in costs)
+    sources = "; ".join(f"went on {cost.source}" for cost in costs[-_RESTARTS_SHOWN:])
+    return f" ({again} {'step' if again == 1 else 'steps'} done again, {seconds:.1f} s; {sources})"
 
 
 def _next_commands(job: Job, run: Path, result: RunResult) -> list[tuple[str, str]]:

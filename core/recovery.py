@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -12,7 +12,11 @@ from .spec import Duration, Spec, parse_duration
 
 class RecoverySpec(Spec):
     max_restarts: int = Field(default=0, ge=0)
-    """How often the ranks are started again after a failure (from the newest checkpoint)."""
+    """How often the ranks are started again after a failure (from the newest snapshot)."""
+    snapshot: Annotated[int, Field(ge=1)] | Literal["auto", "never"] = "auto"
+    """Steps from one snapshot in the memory of the ranks' nodes to the next: ranks that are started again go on from
+    there. 'auto' takes them as often as that costs a hundredth of the step time; with 'never' the newest checkpoint is
+    all there is. Scripts have none."""
     start_timeout: Duration = 120.0
     """Longest wait for the cluster, the node agents and the fork servers, each."""
     stop_grace: Duration = 30.0

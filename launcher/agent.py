@@ -29,8 +29,9 @@ from . import untyped
 from .errand import Outcome, send
 from .held_rank import HeldRank, fork_rank
 from .host import ChildEvent, ForkServer, HostError, server_name
-from .machine import interface_address, interface_of, numa_nodes, rank_environment, usable_cpus, visible_gpus
-from .messages import AgentReport, ChildSpec, NodeInfo, RankEvent, RankPlan
+from .machine import describe_machine, interface_address, rank_environment
+from .messages import AgentReport, ChildSpec, NodeInfo, Point, RankEvent, RankPlan
+from .node_memory import NodeMemory
 from .precheck import check_job
 from .rundir import Record
 from .stacks import Look, look_at
@@ -54,18 +55,17 @@ class _News:
     ready: threading.Condition = field(default_factory=threading.Condition)
 
 
-class NodeAgent:
+class NodeAgent(NodeMemory):
     """One node's side of a run. Methods are called by the controller through Ray, several at a time."""
 
     def __init__(self, node: int, scope: str, environ: dict[str, str], same_machine: bool) -> None:
+        super().__init__()
         self._node = node
         self._scope = scope
         self._same_machine = same_machine
         self._sees_logs = same_machine
         self._environ = rank_environment(environ, dict(os.environ), same_machine=same_machine)
         self._news = _News()
-        self._lock = threading.Lock()
-        self._ranks: dict[int, HeldRank] = {}
         self._stores: list[int] = []
         self._server: ForkServer | None = None
         self._selector = selectors.DefaultSelector()
@@ -89,26 +89,12 @@ class NodeAgent:
         Raises:
             JobError: there is no network interface of that name here.
         """
-        import platform
-
-        from .. import __version__
-
         ray = untyped.ray()
         context = ray.get_runtime_context()
         address = interface_address(interface) if interface else ray.util.get_node_ip_address()
-        cores = tuple(sorted(os.sched_getaffinity(0)))
-        return NodeInfo(
-            node=self._node,
-            hostname=socket.gethostname(),
-            address=address,
-            interface=interface or interface_of(address),
-            ray_node=context.get_node_id(),
-            pid=os.getpid(),
-            cores=cores,
-            cpus=usable_cpus(),
-            numa=tuple(tuple(group) for group in numa_nodes(cores)),
-            gpus=visible_gpus(),
-            versions={"dltrain": __version__, "python": platform.python_version(), "ray": ray.__version__},
+        versions = {"ray": ray.__version__}
+        return describe_machine(
+            self._node, interface, address=address, ray_node=context.get_node_id(), versions=versions
         )
 
     def beat(self) -> None:
@@ -191,11 +177,18 @@ class NodeAgent:
         listener.close()
         return port
 
-    def start(self, generation: int, plans: list[RankPlan]) -> None:
-        """Fork this node's ranks of a generation. How it goes comes as events."""
+    def start(self, generation: int, plans: list[RankPlan], point: Point | None = None) -> None:
+        """Fork this node's ranks of a generation. How it goes comes as events.
+
+        Args:
+            point: the snapshot in memory that they go on from; other images are let go.
+        """
         with self._lock:
+            self._hear_memory()
+            self._images.begin(point, [plan.rank for plan in plans])
+            self._generation = generation
             for plan in plans:
-                self._start_rank(generation, plan)
+                self._start_rank(generation, plan, point)
 
     def poll(self, timeout: float) -> AgentReport:
         """What happened since the last poll, waiting at most ``timeout`` seconds for something to happen.
@@ -272,6 +265,7 @@ class NodeAgent:
         with self._lock:
             if self._server is not None:
                 self._server.close()
+            self._images.close()
         if self._scratch is not None:
             self._scratch.cleanup()
 
@@ -292,8 +286,16 @@ class NodeAgent:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _start_rank(self, generation: int, plan: RankPlan) -> None:
-        key, rank = fork_rank(self._require_server(), generation, plan, self._log_dir(plan), self._environ)
+    def _start_rank(self, generation: int, plan: RankPlan, point: Point | None) -> None:
+        before = [rank for rank in self._ranks.values() if rank.plan.rank == plan.rank]
+        reading = any(rank.news is not None and not rank.news.closed for rank in before)
+
+        def hand_over(memory: socket.socket) -> None:
+            if point is not None:
+                self._images.hand_over(point, plan.rank, memory, reading=reading)
+
+        server, folder = self._require_server(), self._log_dir(plan)
+        key, rank = fork_rank(server, generation, plan, folder, self._environ, hand_over)
         self._ranks[key] = rank
 
     # ---- the one thread that reads
@@ -332,6 +334,7 @@ class NodeAgent:
                 if rank.over():
                     found.append(self._event(rank, "closed"))
                     self._forget(key)
+            self._let_go()
         if found:
             self._tell_controller(found)
 
@@ -389,6 +392,8 @@ class NodeAgent:
 
     def _forget(self, key: int) -> None:
         rank = self._ranks.pop(key)
+        if rank.memory is not None:
+            self._images.hear(rank.plan.rank, rank.memory)
         if not rank.channel.closed:
             self._unregister(rank.channel)
         rank.close()

@@ -18,6 +18,7 @@ from ..core.recovery import RecoverySpec
 from ..tracking.outcome import Outcome
 from ..tracking.report import write_report
 from .controller import Controller, Ending
+from .failure import Cost
 from .generation import Program
 from .goodput import Goodput
 from .interrupt import StopRequests
@@ -49,6 +50,7 @@ class RunResult:
         restarts: how often the ranks were started again.
         checkpoints: what each checkpoint has cost: ``stall_seconds`` that training waited, ``durable_seconds`` until it
             was complete, ``bytes`` of its tensors.
+        costs: what each failure cost that the run went on after.
     """
 
     status: Literal["finished", "stopped", "failed"]
@@ -60,6 +62,7 @@ class RunResult:
     tracking: Outcome
     restarts: int = 0
     checkpoints: Sequence[Mapping[str, float]] = ()
+    costs: tuple[Cost, ...] = ()
 
 
 def _nothing(*_: object) -> None:
@@ -225,6 +228,7 @@ def _result(state: State, run: RunDir, ending: Ending | None, goodput: Goodput, 
         tracking=outcome,
         restarts=ending.restarts if ending else 0,
         checkpoints=said.get("costs", ()),
+        costs=ending.costs if ending else (),
     )
 
 

@@ -15,7 +15,7 @@ from ..core.errors import Problem
 from ..core.recovery import RecoverySpec
 from . import untyped
 from .cluster import Cluster, ClusterError, loss_of
-from .failure import Report, blamed
+from .failure import Cost
 from .generation import Generation, Program, plan_generation
 from .goodput import Goodput
 from .intake import Intake
@@ -23,6 +23,7 @@ from .interrupt import StopRequests
 from .messages import AgentReport, NodeInfo
 from .metrics import Metrics
 from .policy import Decision, History, Status, decide
+from .recall import Origin, Recall
 from .roster import Roster
 from .rundir import RunDir
 from .stacks import Look
@@ -32,8 +33,10 @@ from .view import View
 
 _POLL = 0.5
 _WITNESS_TIME = 0.3  # seconds to hear of other failures after the first, so that the report names the true first
+_KNOWN_CAUSE = 0.1  # the same when one was killed: what the others say is a consequence
 _SILENCE = 30.0
 _DRAIN = 10.0
+_LAST_SAVE = 0.1  # seconds that a checkpoint may still take where a newer snapshot is in memory
 _ASK = 10.0
 _PATIENCE = 3.0  # seconds that are waited without a word
 _LOOK = 2.0
@@ -42,13 +45,16 @@ _FRUITFUL = 60.0  # seconds that a generation without steps of ours lives, if it
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended: the last decision, what rank 0 said at the end, the last failure report's path, and restarts."""
+    """How a run ended: the last decision, what rank 0 said at the end, the last failure report's path, restarts and
+    what they cost.
+    """
 
     decision: Decision
     said: dict[str, Any]
     report: Path | None
     restarts: int
     refused: tuple[Problem, ...] = ()
+    costs: tuple[Cost, ...] = ()
 
 
 class Controller:
@@ -93,36 +99,42 @@ class Controller:
             speaks=program.kind == "worker",
             remedies=program.remedies,
         )
+        self._recall = Recall(self._intake, metrics, nproc=nproc)
 
     def run(self) -> Ending:
         """Start generations until the policy says that it is over."""
         history = History(self._recovery.max_restarts, replaces=self._recovery.replaces)
         number, restarts = self._run.record.generations, 0
+        origin = Origin()
         while True:
             self._run.update(generations=number + 1)
-            generation = self._start(number, restart=restarts)
+            generation = self._start(number, origin, restart=restarts)
             nodes = self._cluster.nodes
             decision = self._watch(generation, history)
-            self._end(generation, decision)
+            origin = self._end(generation, decision)
             number += 1
             self._run.update(step=self._metrics.last_step)
             changed = ""
             if decision.action in ("restart", "regroup"):
                 decision, changed = self._succession.settle(generation, decision)
+                origin = Origin() if changed else origin  # another node does not have what lies in this one's memory
             if decision.action in ("fail", "restart") or decision.signum:
-                self._write_report(generation, decision, nodes, changed)
+                report = self._intake.report(generation, decision, nodes, changed)
+                evidence = self._program.kind != "script"  # a script's output has been shown
+                self._intake.reports.write(report, evidence=evidence)
             if decision.action not in ("restart", "regroup"):
-                said, report = self._intake.last_words, self._intake.reports.newest
-                return Ending(decision, said, report, restarts, tuple(generation.refused))
+                said, reports = self._intake.last_words, self._intake.reports
+                refused, costs = tuple(generation.refused), tuple(reports.costs)
+                return Ending(decision, said, reports.newest, restarts, refused, costs)
             restarts += decision.action == "restart"
             fruitful = self._metrics.last_step > generation.step or time.monotonic() - generation.since > _FRUITFUL
             history = history.after(decision, lost=bool(generation.lost), fruitful=fruitful)
             self._goodput.restart()
             if generation.lost:
                 self._fence(number)  # what runs on a lost node may only be out of reach
-            self._tell(decision, changed, history)
+            self._tell(decision, changed, history, origin)
 
-    def _tell(self, decision: Decision, changed: str, history: History) -> None:
+    def _tell(self, decision: Decision, changed: str, history: History, origin: Origin) -> None:
         """Say how it goes on, and with which nodes."""
         if changed:
             self._show_nodes(self._cluster.nodes)
@@ -130,14 +142,15 @@ class Controller:
         if decision.counts:
             again += f" ({len(history.culprits)} of {history.max_restarts})"
         report = f"report: {self._intake.reports.newest}" if decision.action == "restart" else ""
-        self._view.note("; ".join(filter(None, [decision.reason, changed, again, report])))
+        self._view.note("; ".join(filter(None, [decision.reason, changed, f"{again}{origin}", report])))
 
     # ---- starting
 
-    def _start(self, number: int, *, restart: int) -> Generation:
+    def _start(self, number: int, origin: Origin, *, restart: int) -> Generation:
         cluster = self._cluster
         nodes = cluster.nodes
-        generation = Generation(number, len(nodes) * self._nproc, self._nproc, step=self._metrics.last_step)
+        world, step = len(nodes) * self._nproc, self._metrics.last_step
+        generation = Generation(number, world, self._nproc, step=step, point=origin.point)
         limit = self._recovery.stall if self._program.kind == "worker" else "never"
         self._intake.begin(generation.world, StallWatch(limit, self._recovery.stall_at_start))
         self._view.phase("starting ranks")
@@ -159,9 +172,10 @@ class Controller:
             master=(address, ports[0]),
             logs=self._logs,
             environ=self._environ,
+            facts={"generation": number, "saved": self._intake.saved, "interrupted": origin.interrupted},
         )
         pairs = enumerate(zip(cluster.agents, plans, strict=True))
-        starts = {node: agent.start.remote(number, plan) for node, (agent, plan) in pairs}
+        starts = {node: agent.start.remote(number, plan, origin.point) for node, (agent, plan) in pairs}
         self._gather(generation, starts, "forking ranks", timeout)
         self._heard = dict.fromkeys(range(len(nodes)), time.monotonic())
         return generation
@@ -191,7 +205,9 @@ class Controller:
             if decision.action in ("finish", "refuse"):
                 return decision
             trouble_since = trouble_since or time.monotonic()
-            if time.monotonic() - trouble_since >= _WITNESS_TIME:
+            cause_known = decision.culprit is not None and decision.culprit.abrupt
+            patience = _KNOWN_CAUSE if cause_known else _WITNESS_TIME
+            if time.monotonic() - trouble_since >= patience or not generation.alive():
                 return decision
 
     def _settle(self) -> None:
@@ -317,11 +333,13 @@ class Controller:
 
     # ---- ending
 
-    def _end(self, generation: Generation, decision: Decision) -> None:
-        """See every rank of the generation to its end and take in the rest of its output."""
+    def _end(self, generation: Generation, decision: Decision) -> Origin:
+        """See every rank of the generation to its end and take in the rest of its output; what the next one goes on
+        from.
+        """
         generation.ending = True
         if self._cluster.broken():
-            return  # the agents end with it, and their ranks with them
+            return Origin()  # the agents end with it, and their ranks with them
         self._view.phase("ending ranks")
         gentle = self._program.kind == "script" and decision.action in ("fail", "restart")
         if gentle:
@@ -329,11 +347,27 @@ class Controller:
             self._drain(generation, min(5.0, self._recovery.stop_grace))
         if generation.alive():
             self._ask(generation, "signal", signal.SIGKILL, waiting_for="sending SIGKILL")
-        if decision.action in ("fail", "restart"):  # else there was time to save, or there is to be none
-            self._finish_saving(generation)
+        origin = self._find_origin(generation) if decision.action == "restart" else Origin()
+        if decision.action in ("fail", "restart") and origin.point is None:
+            self._finish_saving(generation)  # else there was time to save, or there is to be none, or no need
         self._ask(generation, "abandon_saves", waiting_for="ending what still saves")
         self._drain(generation, _DRAIN)
         self._ask(generation, "close_stores", waiting_for="closing the rendezvous store")
+        return origin
+
+    def _find_origin(self, generation: Generation) -> Origin:
+        """What the ranks go on from, once all have ended."""
+        if self._program.kind != "worker" or self._recovery.snapshot == "never":
+            return Origin()
+        deadline = time.monotonic() + _DRAIN
+        while generation.alive() and time.monotonic() < deadline:
+            self._hear(generation)
+        point = self._recall.find(generation, partial(self._ask, generation))
+        deadline = time.monotonic() + _LAST_SAVE
+        while generation.present() and time.monotonic() < deadline:  # one that saves nothing ends at once
+            self._hear(generation)
+            self._settle()
+        return Origin(point, interrupted=point is not None and bool(generation.present()))
 
     def _finish_saving(self, generation: Generation) -> None:
         """Let the ranks' persisters finish the snapshot that they were given: they outlive their ranks for a while."""
@@ -355,26 +389,3 @@ class Controller:
         deadline = time.monotonic() + seconds
         while generation.present() and time.monotonic() < deadline and self._stop.count < 3:
             self._hear(generation)
-
-    def _write_report(
-        self, generation: Generation, decision: Decision, nodes: Sequence[NodeInfo], changed: str
-    ) -> None:
-        done = "all ranks were started again" if decision.action == "restart" else "the run was ended"
-        if decision.signum and "saved" in self._intake.last_words:
-            done += f"; it goes on from step {self._intake.last_words['saved']}"
-        standstill = generation.standstill
-        logs = partial(self._intake.log_dir, generation)
-        casualties = list(generation.casualties.values()) or blamed(standstill, logs)
-        steps = [place.step for place in standstill.places] if standstill else [c.failure.step for c in casualties]
-        report = Report(
-            generation.number,
-            decision,
-            sorted(casualties, key=lambda casualty: casualty.failure.order),
-            nodes,
-            generation.lost,
-            "; ".join(filter(None, [changed, done])),
-            standstill,
-            reached=max(0, self._metrics.last_step, *steps),
-            at=decision.culprit.at if decision.culprit else generation.lost_at or time.time(),
-        )
-        self._intake.reports.write(report, evidence=self._program.kind != "script")  # a script's output has been shown

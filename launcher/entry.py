@@ -32,7 +32,8 @@ def run_child(spec: ChildSpec, fds: dict[str, int]) -> NoReturn:
 
     ``fds`` holds duplicates of the descriptors that came with the request: ``stdout``, ``stderr``, and by kind
     ``channel`` (socket to the agent), ``pulse`` (shared page), ``stacks`` (a file for Python stacks), ``news`` (the
-    persister's socket to the agent), ``listener`` (a listening socket).
+    persister's socket to the agent), ``memory`` (the socket for snapshots' descriptors), ``listener`` (a
+    listening socket).
     """
     try:
         _set_surroundings(spec, fds)
@@ -140,8 +141,8 @@ def _worker(body: dict[str, Any], fds: dict[str, int]) -> int:
     from .stacks import answer
 
     answer(fds["stacks"])
-    news = socket.socket(fileno=fds["news"])
-    return run_ranked(body, channel=_channel(fds), pulse=Pulse(fds["pulse"]), news=news)
+    news, memory = socket.socket(fileno=fds["news"]), socket.socket(fileno=fds["memory"])
+    return run_ranked(body, channel=_channel(fds), pulse=Pulse(fds["pulse"]), news=news, memory=memory)
 
 
 def _script(body: dict[str, Any], fds: dict[str, int]) -> int:

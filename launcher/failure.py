@@ -113,11 +113,24 @@ def blamed(standstill: Standstill | None, logs: Callable[[int], Path]) -> list[C
 
 @dataclass(frozen=True)
 class Cost:
-    """What a failure cost: the step that the ranks went on from, steps done again, and seconds without a new one."""
+    """What a failure cost.
+
+    Attributes:
+        from_step: the step that the ranks went on from.
+        origin: what they went on from, in words; empty where it was nothing.
+        steps: steps done again.
+        seconds: time without a new step.
+    """
 
     from_step: int
+    origin: str
     steps: int
     seconds: float
+
+    @property
+    def source(self) -> str:
+        """Where the ranks went on, as "from step 137, in memory of 4 ranks"."""
+        return f"from step {self.from_step}, {self.origin}" if self.origin else "from the beginning"
 
 
 @dataclass(frozen=True)
@@ -250,7 +263,7 @@ class Report:
     def _cost(self) -> list[str]:
         if self.cost is not None:
             cost = self.cost
-            return [f"It cost: {cost.steps} steps done again from step {cost.from_step} on, {cost.seconds:.1f} s"]
+            return [f"It went on {cost.source}: {cost.steps} steps done again, {cost.seconds:.1f} s"]
         if self.decision.action != "fail" or not self.reached:
             return []
         if self.checkpoint is None:

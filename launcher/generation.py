@@ -13,7 +13,7 @@ from ..checkpoint.lease import of_generation
 from ..core.errors import Problem
 from .failure import Casualty
 from .machine import share_cores
-from .messages import ChildKind, ChildSpec, NodeInfo, RankPlan
+from .messages import ChildKind, ChildSpec, NodeInfo, Point, RankPlan
 from .stall import Standstill
 
 #: Names of the variables by which gloo and NCCL choose a network interface.
@@ -44,7 +44,12 @@ class Generation:
     since: float = field(default_factory=time.monotonic)
     regrouping: bool = False
     """Its ranks were asked to save and end, to go on with more nodes."""
+    exited: set[int] = field(default_factory=set[int])
     standstill: Standstill | None = None
+    point: Point | None = None
+    """The snapshot in memory that it goes on from."""
+    begun: bool = False
+    """Its ranks have what they go on from."""
     ending: bool = False
     """The controller is ending it: exits from now on are its own doing."""
 
@@ -60,7 +65,7 @@ class Generation:
 
     def alive(self) -> set[int]:
         """Ranks that still run, as far as is known."""
-        return self.present() - self.ended - set(self.casualties)
+        return self.present() - self.exited
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ def plan_generation(
     master: tuple[str, int],
     logs: Path,
     environ: dict[str, str],
+    facts: Mapping[str, Any] | None = None,
 ) -> list[list[RankPlan]]:
     """The ranks of each node. Ranks count up node by node, as torchrun numbers them.
 
@@ -106,6 +112,7 @@ def plan_generation(
         master: address and port of the generation's rendezvous store.
         logs: folder for the ranks' logs; theirs are ``attempt-<generation>/rank-<rank>``.
         environ: the launching command's environment; what the user set there wins over our defaults.
+        facts: what ranks are told of this generation, beside what all generations are told.
     """
     loopback = len({node.ray_node for node in nodes}) == 1
     placement = _placement(nodes, nproc, program.cpus_per_rank)
@@ -130,7 +137,7 @@ def plan_generation(
                 threads=int(env["OMP_NUM_THREADS"]) if env["OMP_NUM_THREADS"].isdecimal() else None,
                 cpus=cpus,
                 fresh=program.fresh,
-                body=program.body_of(generation),
+                body={**program.body_of(generation), **(facts or {})},
             )
             folder = logs / f"attempt-{generation}" / f"rank-{rank}"
             plans[-1].append(RankPlan(rank, local, child, str(folder)))

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class HeldRank:
         error_file: where elastic's ``@record`` leaves what a script raised.
         channel: from the rank.
         news: from its persister, which may outlive it; None where it has none.
+        memory: over which descriptors of its snapshots come and go; None for a script.
         sheet: where it leaves its Python stacks.
         process: once it is forked.
         oom_kills: how many processes the kernel had killed for want of memory when it began.
@@ -56,6 +57,7 @@ class HeldRank:
     error_file: Path
     channel: Channel
     news: Channel | None
+    memory: socket.socket | None
     pulse: Pulse
     sheet: Sheet
     tails: list[Tail]
@@ -85,6 +87,8 @@ class HeldRank:
         self.channel.close()
         if self.news is not None:
             self.news.close()
+        if self.memory is not None:
+            self.memory.close()
         self.pulse.close()
         self.sheet.close()
         for tail in self.tails:
@@ -92,19 +96,33 @@ class HeldRank:
 
 
 def fork_rank(
-    server: ForkServer, generation: int, plan: RankPlan, folder: Path, environ: Mapping[str, str]
+    server: ForkServer,
+    generation: int,
+    plan: RankPlan,
+    folder: Path,
+    environ: Mapping[str, str],
+    hand_over: Callable[[socket.socket], None],
 ) -> tuple[int, HeldRank]:
-    """Ask for a fork that becomes the rank, with its output in ``folder``; the request's number, and our ends."""
+    """Ask for a fork that becomes the rank, with its output in ``folder``; the request's number, and our ends.
+
+    ``hand_over`` is given our end of the memory socket, to put there what the rank goes on from.
+    """
     error_file = folder / "error.json"
     with contextlib.suppress(FileNotFoundError):
         error_file.unlink()
     child = replace(plan.child, env={**environ, **plan.child.env, "TORCHELASTIC_ERROR_FILE": str(error_file)})
     channel, its_channel = socket.socketpair()
-    news, its_news = socket.socketpair() if child.kind == "worker" else (None, None)
     pulse, sheet = Pulse.create(), Sheet()
     fds: dict[str, int] = {"channel": its_channel.fileno(), "pulse": pulse.fd}
-    if its_news is not None:
-        fds |= {"news": its_news.fileno(), "stacks": sheet.fd}
+    theirs = [its_channel]
+    news = memory = None
+    if child.kind == "worker":
+        news, its_news = socket.socketpair()
+        memory, its_memory = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        memory.setblocking(False)
+        hand_over(memory)
+        fds |= {"news": its_news.fileno(), "memory": its_memory.fileno(), "stacks": sheet.fd}
+        theirs += [its_news, its_memory]
     tails: list[Tail] = []
     for stream in _STREAMS:
         path = folder / f"{stream}.log"
@@ -113,8 +131,7 @@ def fork_rank(
     key = server.fork(child, fds)
     for stream in _STREAMS:
         os.close(fds[stream])
-    its_channel.close()
-    if its_news is not None:
-        its_news.close()
+    for sock in theirs:
+        sock.close()
     said = Channel(news) if news is not None else None
-    return key, HeldRank(plan, generation, error_file, Channel(channel), said, pulse, sheet, tails)
+    return key, HeldRank(plan, generation, error_file, Channel(channel), said, memory, pulse, sheet, tails)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import Problem
-from ..core.rows import RowReducer
+from ..core.rows import Row, RowReducer, RunRow
 from ..tracking.samples import keep
-from .failure import Casualty, casualty_of
+from .failure import Casualty, Report, blamed, casualty_of
 from .generation import Generation
 from .goodput import Goodput
-from .messages import NodeInfo, RankEvent
+from .messages import NodeInfo, Point, RankEvent
 from .metrics import Metrics
-from .policy import RankFailure
+from .policy import Decision, RankFailure
 from .reports import FailureReports
 from .rundir import RunDir
 from .stall import StallWatch
@@ -33,6 +35,7 @@ class Intake:
         watched: how the ranks of the generation get on.
         last_words: what rank 0 said at the end, the step of the newest checkpoint that is complete, and what each has
             cost.
+        saved: step of the run's newest checkpoint, as far as this launch knows; -1 before.
         settling: the step up to which rank 0's persister wants metrics to be on the disk; None when it waits for none.
     """
 
@@ -51,6 +54,7 @@ class Intake:
         self._metrics, self._goodput, self._view = metrics, goodput, view
         self.reports = FailureReports(run, view)
         self.last_words: dict[str, Any] = {}
+        self.saved = -1
         self.settling: int | None = None
         self.watched = StallWatch("never")
         self._reducer = RowReducer(0)
@@ -78,17 +82,15 @@ class Intake:
     def _take_message(self, generation: Generation, rank: int, message: dict[str, Any]) -> None:
         match message["t"]:
             case "rows":
-                for row in self._reducer.add(rank, message["rows"]):
-                    self._goodput.take(row, again=row.step <= self._metrics.last_step)
-                    self._metrics.row(row)
-                    self._view.row(row)
-                    self.watched.row(row)
-                    self.reports.row(row)
+                self._take_rows(self._reducer.add(rank, message["rows"]))
             case "log":
                 self._metrics.log(message["step"], message["metrics"])
             case "setup":
+                generation.begun = True
+                if message["origin"] != "memory":
+                    self.saved = message["start"] or -1
                 self._view.setup(message)
-                self.reports.started(message["start"])
+                self.reports.started(message["start"], message["origin"], generation.world)
             case "note":
                 self._view.note(message["text"])
             case "settle":
@@ -96,7 +98,7 @@ class Intake:
             case "image":
                 keep(self._run.path, step=message["step"], name=message["name"], png=b64decode(message["png"]))
             case "saved":
-                self.last_words["saved"] = message["step"]
+                self.saved = self.last_words["saved"] = message["step"]
                 self.last_words.setdefault("costs", []).append(message["cost"])
                 self._view.saved(message["step"], message["cost"])
                 self.reports.saved(message["step"])
@@ -117,6 +119,25 @@ class Intake:
             case other:
                 raise ValueError(f"rank {rank} sent a message of kind {other!r}")
 
+    def _take_rows(self, rows: Iterable[RunRow]) -> None:
+        for row in rows:
+            self._goodput.take(row, again=row.step <= self._metrics.last_step)
+            self._metrics.row(row)
+            self._view.row(row)
+            self.watched.row(row)
+            self.reports.row(row)
+
+    def recover(self, generation: Generation, point: Point, nodes: Iterable[Mapping[int, list[Row]]]) -> None:
+        """Take in the rows that lie beside a snapshot, by rank on each node, as far as they have not come yet.
+
+        Args:
+            generation: the last one; the snapshot may be of an earlier one.
+        """
+        reducer = self._reducer if point.generation == generation.number else RowReducer(point.world)
+        for ranks in nodes:
+            for rank, rows in ranks.items():
+                self._take_rows(reducer.add(rank, [row for row in rows if row["step"] > self._metrics.last_step]))
+
     def _take_output(self, generation: Generation, node: NodeInfo, event: RankEvent) -> None:
         if event.rank not in generation.said:  # after a rank's last words its traceback is in the report
             self._view.output(event.rank, event.stream, event.text)
@@ -128,6 +149,7 @@ class Intake:
 
     def _take_exit(self, generation: Generation, node: NodeInfo, event: RankEvent) -> None:
         assert event.exit is not None
+        generation.exited.add(event.rank)
         if event.exit.ok and (event.rank in generation.done or not self._speaks):
             generation.ended.add(event.rank)
         elif not generation.ending:
@@ -153,6 +175,31 @@ class Intake:
     def log_dir(self, generation: Generation, rank: int) -> Path:
         """Folder of a rank's logs."""
         return self._logs / f"attempt-{generation.number}" / f"rank-{rank}"
+
+    def report(self, generation: Generation, decision: Decision, nodes: Sequence[NodeInfo], changed: str) -> Report:
+        """What is to be told of a generation's failure.
+
+        Args:
+            nodes: those that it ran on.
+            changed: which others come next, in words; or empty.
+        """
+        done = "all ranks were started again" if decision.action == "restart" else "the run was ended"
+        if decision.signum and "saved" in self.last_words:
+            done += f"; it goes on from step {self.last_words['saved']}"
+        standstill = generation.standstill
+        casualties = list(generation.casualties.values()) or blamed(standstill, partial(self.log_dir, generation))
+        steps = [place.step for place in standstill.places] if standstill else [c.failure.step for c in casualties]
+        return Report(
+            generation.number,
+            decision,
+            sorted(casualties, key=lambda casualty: casualty.failure.order),
+            nodes,
+            generation.lost,
+            "; ".join(filter(None, [changed, done])),
+            standstill,
+            reached=max(0, self._metrics.last_step, *steps),
+            at=decision.culprit.at if decision.culprit else generation.lost_at or time.time(),
+        )
 
     def _take_trouble(self, message: dict[str, Any]) -> None:
         """Say once that a checkpoint cannot be written, and that it can be again; ranks suffer alike."""

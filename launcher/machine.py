@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import platform
 import socket
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..core.errors import JobError, Problem, did_you_mean
+from .messages import NodeInfo
 
 #: Variables that describe a machine or a session on it: ranks keep the node's own. (Prefixes end with an underscore.)
 _MACHINE = (
@@ -19,6 +21,28 @@ _MACHINE = (
     *("XDG_", "SSH_", "SLURM_", "CONDA_", "NVIDIA_", "KUBERNETES_", "DBUS_"),
 )
 _MACHINE_PREFIXES = tuple(name for name in _MACHINE if name.endswith("_") and name != "_")
+
+
+def describe_machine(
+    node: int, interface: str | None, *, address: str, ray_node: str, versions: Mapping[str, str]
+) -> NodeInfo:
+    """This machine, as the agent of ``node`` describes it."""
+    from .. import __version__
+
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    return NodeInfo(
+        node=node,
+        hostname=socket.gethostname(),
+        address=address,
+        interface=interface or interface_of(address),
+        ray_node=ray_node,
+        pid=os.getpid(),
+        cores=cores,
+        cpus=usable_cpus(),
+        numa=tuple(tuple(group) for group in numa_nodes(cores)),
+        gpus=visible_gpus(),
+        versions={"dltrain": __version__, "python": platform.python_version(), **versions},
+    )
 
 
 def rank_environment(launch: Mapping[str, str], node: Mapping[str, str], *, same_machine: bool) -> dict[str, str]:

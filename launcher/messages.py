@@ -108,6 +108,37 @@ class NodeInfo:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A snapshot: the generation that took it, after how many steps, with how many ranks."""
+
+    generation: int
+    step: int
+    world: int
+
+
+@dataclass(frozen=True)
+class HeldImage:
+    """One rank's part of a snapshot, complete in a node's memory.
+
+    Attributes:
+        row: step of the newest row of metrics before it; 0 where there is none.
+        size: in bytes.
+    """
+
+    generation: int
+    step: int
+    rank: int
+    world: int
+    row: int
+    size: int
+
+    @property
+    def point(self) -> Point:
+        """The snapshot that it is a part of."""
+        return Point(self.generation, self.step, self.world)
+
+
+@dataclass(frozen=True)
 class RankEvent:
     """Something that happened to a rank; ``kind`` says which of the fields below it carries.
 

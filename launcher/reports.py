@@ -19,8 +19,10 @@ class FailureReports:
         self._run, self._view = run, view
         self._checkpoint: int | None = None
         self._start: int | None = None
+        self._origin = ""
         self._open: Report | None = None
         self.newest: Path | None = None
+        self.costs: list[Cost] = []
 
     def write(self, report: Report, *, evidence: bool) -> None:
         """Keep and show a failure.
@@ -34,11 +36,14 @@ class FailureReports:
         self._start = None
         self._open = report if report.decision.action == "restart" else None
 
-    def started(self, step: int) -> None:
-        """The ranks begin from a checkpoint after ``step`` steps, or from nothing."""
+    def started(self, step: int, origin: str, world: int) -> None:
+        """``world`` ranks begin after ``step`` steps: from "memory", "storage", or, where it is empty, from nothing."""
         if self._start is None:
             self._start = step
-        self._checkpoint = step or None
+            words = {"memory": f"in memory of {world} ranks", "storage": "the newest checkpoint", "": ""}
+            self._origin = words[origin]
+        if origin != "memory":
+            self._checkpoint = step or None
 
     def saved(self, step: int) -> None:
         """There is a checkpoint after ``step`` steps."""
@@ -51,8 +56,9 @@ class FailureReports:
         report = self._open
         self._open = None
         start = self._start or 0
-        cost = Cost(start, max(0, report.reached - start), max(0.0, row.at - report.at))
-        back = f"back after {cost.seconds:.1f} s, with {cost.steps} steps done again"
+        cost = Cost(start, self._origin, max(0, report.reached - start), max(0.0, row.at - report.at))
+        self.costs.append(cost)
+        back = f"went on {cost.source} after {cost.seconds:.1f} s, with {cost.steps} steps done again"
         try:
             self._view.note(f"{back}: {self._put(replace(report, cost=cost))}")
         except RunFailed as error:  # a report is not worth the run that it is about

@@ -16,10 +16,11 @@ from dltrain.core.storage import Storage
 from dltrain.strategies.build import build_engine
 from dltrain.training.context import context
 from dltrain.training.loop import Trainer
+from dltrain.training.memory import Memory
 from dltrain.training.persistence import Persister
 from dltrain.training.recipes import load_recipe
 from dltrain.training.reporter import StandaloneReporter
-from dltrain.training.snapshot import Snapshots
+from dltrain.training.restoring import Restorer
 
 T = TypeVar("T")
 
@@ -55,14 +56,14 @@ def go_on(origins: dict[str, str], *overrides: str) -> int:
         best = {"metric": None, "goal": "min"}
         url = str(Path(name, "run", "checkpoints").absolute())
         persister.open(url=url, options={}, rank=ctx.rank, keep=3, best=best, lease="")
-        snapshots = Snapshots(persister, again, job, rank=ctx.rank, world=ctx.world_size, reporter=reporter)
-        _save_again(job, folder, again, snapshots, rank=ctx.rank, world=ctx.world_size)
+        _save_again(job, folder, again, reporter)
         trainer = Trainer(
             job,
             ctx=ctx,
             device=torch.device("cpu"),
             storage=Storage(url),
             persister=persister,
+            memory=Memory(job, ctx, hold=None),
             reporter=reporter,
             pulse=Pulse.create(),
         )
@@ -79,8 +80,9 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _save_again(job: Job, origin: str, target: Storage, snapshots: Snapshots, *, rank: int, world: int) -> None:
+def _save_again(job: Job, origin: str, target: Storage, reporter: StandaloneReporter) -> None:
     """Load a checkpoint into an engine full of nonsense, and save what the engine holds then."""
+    rank, world = context().rank, context().world_size
     engine = build_engine(
         job,
         load_recipe(job),
@@ -91,8 +93,9 @@ def _save_again(job: Job, origin: str, target: Storage, snapshots: Snapshots, *,
         mark=lambda _: None,
     )
     engine.load(_nonsense)
-    manifest = snapshots.restore(engine, [origin])
-    assert manifest is not None, "there is a checkpoint"
+    restored = Restorer(engine, job, context(), target, reporter).from_storage([origin])
+    assert restored is not None, "there is a checkpoint"
+    manifest = restored.manifest
     state = engine.state()
     mine = assign(_everyones(held(state), world))[rank]
     records = write_shard(target, manifest.step, rank, world, state, mine)

@@ -20,9 +20,11 @@ from dltrain.core.contracts import Engine, ShardedState
 from dltrain.core.folders import Chunk
 from dltrain.core.job import Job
 from dltrain.core.storage import Storage
+from dltrain.training.context import context
+from dltrain.training.memory import Memory, Position
 from dltrain.training.persistence import Persister
 from dltrain.training.reporter import Reporter
-from dltrain.training.snapshot import Position, Snapshots
+from dltrain.training.snapshot import Snapshots
 from torch import Tensor
 
 BIG = 200_000
@@ -40,6 +42,12 @@ class Silent(Reporter):
 
     def unsettled(self) -> int:
         return 0
+
+    def recent(self) -> tuple[int, bytes]:
+        return 0, b"[]"
+
+    def delivered(self) -> bool:
+        return True
 
     def send(self, kind: str, **data: Any) -> None:
         self.said.append({"t": kind, **data})
@@ -72,8 +80,8 @@ def open_snapshots(url: str) -> tuple[Snapshots, Persister, Silent]:
     if world > 1:
         dist.init_process_group("gloo")
     persister.open(url=url, options={}, rank=rank, keep=2, best={"metric": None, "goal": "min"}, lease="")
-    job = Job.model_validate({})
-    return Snapshots(persister, Storage(url), job, rank=rank, world=world, reporter=reporter), persister, reporter
+    memory = Memory(Job.model_validate({}), context(), hold=None)
+    return Snapshots(persister, memory, rank=rank, world=world, reporter=reporter), persister, reporter
 
 
 def take(snapshots: Snapshots, step: int) -> None:

@@ -17,11 +17,11 @@ import savers
 from checkpoints import assert_same, newest, rows
 from dltrain.checkpoint.reader import catalogue, open_manifest
 from dltrain.checkpoint.saving import Snapshot, description
-from dltrain.checkpoint.writer import assign, held, plan_shard, shard_name
+from dltrain.checkpoint.writer import assign, held, shard_name
 from dltrain.core.storage import Storage
 from dltrain.core.wire import Channel, Message
 from dltrain.training.persistence import Persister
-from dltrain.training.staging import Stage, image_size
+from dltrain.training.staging import Holdings, ImagePlan, Stage
 from launching import Sandbox, wait_for
 from ranks import run_ranks, train_ranks
 from runs import RunFolder
@@ -191,10 +191,13 @@ def given(storage: Storage) -> Iterator[tuple[Channel, Persister]]:
     best = {"metric": None, "goal": "min"}
     persister.open(url=str(storage), options={}, rank=0, keep=1, best=best, lease="")
     ranks = rows(state_of(1), 2)
-    plan = plan_shard(ranks[0], assign([held(shards) for shards in ranks])[0])
-    stage = Stage(image_size(plan))
-    stage.fill(plan, ranks[0])
-    snapshot = Snapshot(1, "feed", 0, 2, tuple(plan), memoryview(b""), savers.FACTS)
+    mine = assign([held(shards) for shards in ranks])[0]
+    plan = ImagePlan(ranks[0], mine, mine, save="feed", facts={})
+    holdings = Holdings()
+    holdings.refresh(ranks[0])
+    stage = Stage.of_size(plan.size)
+    stage.fill(plan, holdings)
+    snapshot = Snapshot(1, "feed", 0, 2, plan.durable, memoryview(b""), savers.FACTS)
     persister.save(1, stage.fd, description(snapshot))
     stage.close()
     persister.close()

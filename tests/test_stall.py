@@ -236,13 +236,13 @@ def test_a_stopped_rank_is_named_and_the_run_comes_to_the_same_weights(box: Sand
     assert process.returncode == 0, out + err
     assert re.search(r"rank 1 on node 1 made no progress for \d+ s, in forward at step 20: its process is stopped", out)
     assert re.search(r"rank 1 \(node 1\) has made no progress for \d\.\d s, in forward, step 20\n  its process is", out)
-    assert "starting all ranks again (1 of 1); report: " in out
+    assert "starting all ranks again (1 of 1) from step 20, in the memory of 2 ranks; report: " in out
     assert_same_run(run_of(box), reference)
     text = (run_of(box).path / "failures/0000.txt").read_text()
     assert "First failure: rank 1, node 1" in text
     assert "phase: forward, step 20" in text
     assert re.search(r"Rank 0 waits in backward, step 20:\n  +File .*torch/", text), text
-    assert re.search(r"It cost: \d+ steps done again from step 20 on, \d+\.\d s", text), text
+    assert re.search(r"It went on from step 20, in memory of 2 ranks: 0 steps done again, \d+\.\d s", text), text
 
 
 @pytest.mark.slow

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a rank wants, or all of them together.
+
+    Attributes:
+        stop: end the training here.
+        save: a checkpoint now.
+        reassign: settle anew who copies what into memory.
+        every: steps between snapshots in memory; 0 where that is not known.
+    """
+
+    stop: bool = False
+    save: bool = False
+    reassign: bool = False
+    every: int = 0
 
 
 class Agreement:
@@ -26,14 +44,18 @@ class Agreement:
         """Whether the question stands before step ``step``."""
         return step >= self._next
 
-    def ask(self, step: int, *, stop: bool, save: bool) -> tuple[bool, bool]:
-        """Whether any rank wants to stop, and to save, before ``step``. Collective: all ask at the same step."""
+    def ask(self, step: int, mine: Wishes) -> Wishes:
+        """What any rank wants before ``step``, and the largest number. Collective: all ask at the same step."""
         now = time.monotonic()
         pace = (now - self._asked_at) / (step - self._asked_step)
         ahead = max(1, min(int(self._interval / max(pace, 1e-6)), 2 * (step - self._asked_step)))
+        wanted = mine
         if self._world > 1:
-            answer = torch.tensor([int(stop), int(save), -ahead], dtype=torch.int64)
+            answer = torch.tensor(
+                [int(mine.stop), int(mine.save), int(mine.reassign), mine.every, -ahead], dtype=torch.int64
+            )
             dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-            stop, save, ahead = bool(answer[0]), bool(answer[1]), -int(answer[2])
+            stop, save, reassign, every, negative = (int(value) for value in answer.tolist())
+            wanted, ahead = Wishes(bool(stop), bool(save), bool(reassign), every), -negative
         self._asked_at, self._asked_step, self._next = now, step, step + ahead
-        return stop, save
+        return wanted

@@ -7,23 +7,23 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from ..checkpoint.image import Images
 from ..checkpoint.manifest import Manifest
-from ..checkpoint.reader import Target, read_into
+from ..checkpoint.reader import Files, Target, read_into
 from ..checkpoint.reader import bits as pattern
 from ..checkpoint.tensors import bits, code, from_array
 from ..core.contracts import ShardedState
 from ..core.errors import JobError, Problem
-from ..core.storage import Storage
 
 AFRESH = "'--resume never' starts afresh"
 
 _SHOWN = 4
 
 #: Copies a checkpoint's slices into shards.
-Filler = Callable[[Storage, Manifest, ShardedState], None]
+Filler = Callable[[Files, Manifest, ShardedState], None]
 
 
-def fill_all(storage: Storage, manifest: Manifest, shards: ShardedState) -> None:
+def fill_all(storage: Files, manifest: Manifest, shards: ShardedState) -> None:
     """Copy the checkpoint's slices into ``shards``; only these are read.
 
     Loss scaling that the checkpoint does not know begins as it does in a new run, and so does the optimizer of a part
@@ -51,6 +51,18 @@ def fill_all(storage: Storage, manifest: Manifest, shards: ShardedState) -> None
             shard.data.zero_()
 
 
+def fill_from_memory(images: Images, shards: ShardedState) -> None:
+    """Copy the snapshot's slices into ``shards``.
+
+    Raises:
+        CorruptCheckpoint: the images do not hold all of them; nothing was copied.
+    """
+    images.check_holds(
+        {name: [(box.offset, tuple(box.data.shape)) for box in shard.boxes()] for name, shard in shards.items()}
+    )
+    fill_all(images, images.manifest, shards)
+
+
 def _not_begun(manifest: Manifest, shards: ShardedState) -> list[str]:
     """The optimizers' tensors of parts that had not made a step that was not skipped."""
     begun = {name.split(".")[1] for name in manifest.tensors if name.startswith("optimizer.")}
@@ -58,7 +70,7 @@ def _not_begun(manifest: Manifest, shards: ShardedState) -> list[str]:
     return [name for name in shards if name.startswith("optimizer.") and name.split(".")[1] in scaled - begun]
 
 
-def fill_weights(storage: Storage, manifest: Manifest, shards: ShardedState, *, names: set[str]) -> None:
+def fill_weights(storage: Files, manifest: Manifest, shards: ShardedState, *, names: set[str]) -> None:
     """Copy the checkpoint's weights and buffers into the model's; averages begin at them, the optimizer at nothing.
 
     Args:
@@ -87,7 +99,7 @@ def fill_weights(storage: Storage, manifest: Manifest, shards: ShardedState, *, 
                 shard.data.zero_()  # as they begin
 
 
-def _copy(storage: Storage, manifest: Manifest, sources: Mapping[str, str], shards: ShardedState) -> None:
+def _copy(storage: Files, manifest: Manifest, sources: Mapping[str, str], shards: ShardedState) -> None:
     """Fill the shards named in ``sources`` with their slices of the tensor that each name stands for there.
 
     What is on the CPU is read straight into its memory. Tied weights are one memory with two names, which only one

@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 
+from ..checkpoint.image import Images
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.retention import EVALUATED, finite
-from ..core.contracts import Batch, DrawsSamples, StepResult
+from ..core.contracts import Batch, DrawsSamples
 from ..core.elastic import settled
 from ..core.errors import JobError, Problem
 from ..core.job import Job
 from ..core.keys import derive
 from ..core.parallel import microbatches_per_step
 from ..core.pulse import Pulse
-from ..core.rows import Row
 from ..core.storage import Storage
 from ..data.loader import Loader, eval_batches
 from ..data.normalize import Normalizer
@@ -29,20 +30,38 @@ from ..data.sources import open_source
 from ..data.split import Subset, split_source
 from ..strategies.build import build_engine
 from ..strategies.schedule import rate
-from .agree import Agreement
+from .agree import Agreement, Wishes
 from .context import Context
 from .course import Course
 from .due import Due
 from .evaluate import evaluate
 from .images import grid, png
+from .memory import Memory, Position
+from .meter import Meter
 from .nonfinite import Guard
+from .pace import Pace
 from .persistence import Persister
 from .recipes import load_recipe
 from .reporter import Reporter
-from .snapshot import Position, Snapshots
+from .restoring import Restorer
+from .snapshot import Snapshots
 
 _LAST_SAVE = 3600.0  # seconds that a run which is complete waits for its last checkpoint
 _SHARE_OF_GRACE = 0.8  # of the time to stop: the rest is for the words about it
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What a generation of ranks goes on from where the one before has left a snapshot in memory.
+
+    Attributes:
+        saved: step of the newest checkpoint.
+        interrupted: a checkpoint was being written when ranks were lost: one is due.
+    """
+
+    images: Images
+    saved: int
+    interrupted: bool
 
 
 class Trainer:
@@ -56,10 +75,11 @@ class Trainer:
         device: torch.device,
         storage: Storage,
         persister: Persister,
+        memory: Memory,
         reporter: Reporter,
         pulse: Pulse,
     ) -> None:
-        asked, job = job, settled(job, ctx.local_world_size)
+        job = settled(job, ctx.local_world_size)
         self._job, self._ctx, self._device = job, ctx, device
         self._reporter, self._pulse = reporter, pulse
         world = ctx.world_size
@@ -98,13 +118,24 @@ class Trainer:
             reseed=partial(self._seed, "step"),
             mark=pulse.mark,
         )
-        self._snapshots = Snapshots(persister, storage, asked, rank=ctx.rank, world=world, reporter=reporter)
+        self._snapshots = Snapshots(persister, memory, rank=ctx.rank, world=world, reporter=reporter)
+        self._restorer = Restorer(self._engine, job, ctx, storage, reporter)
+        self._remembers: int | Literal["auto", "never"] = job.recovery.snapshot if memory.held else "never"
 
-    def run(self, *, restore_urls: Sequence[str], tracking: dict[str, Any], init_from: str = "") -> None:
+    def run(
+        self,
+        *,
+        restore_urls: Sequence[str],
+        tracking: dict[str, Any],
+        init_from: str = "",
+        remembered: Remembered | None = None,
+    ) -> None:
         """Train to the end, or to the step at which all ranks agree to stop; save, and report how it ended."""
         self._tracking = tracking
-        start = self._restore(restore_urls, init_from)
+        start = self._restore(restore_urls, init_from, remembered)
         self._say_setup(start)
+        if remembered is not None and remembered.interrupted and self._snapshots.newest != start:
+            self._save(start, self._plan.total_steps)
         done = self._steps(start)
         end = done if self._course.ended else self._plan.total_steps
         finished = done >= end
@@ -123,16 +154,23 @@ class Trainer:
             status = "finished" if finished else "stopped"
             self._reporter.send("end", status=status, step=done, metrics=metrics)
 
-    def _restore(self, urls: Sequence[str], init_from: str) -> int:
-        """Load the newest checkpoint, if there is one, and settle the normalisation; the number of completed steps.
+    def _restore(self, urls: Sequence[str], init_from: str, remembered: Remembered | None) -> int:
+        """Load what there is to go on from, if anything, and settle the normalisation; the number of completed steps.
 
         Raises:
-            JobError: the checkpoint lies beyond the job's end.
+            JobError: it lies beyond the job's end.
         """
         self._pulse.mark("setup")
-        manifest = self._snapshots.restore(self._engine, urls)
+        if remembered is not None:
+            restored = self._restorer.from_memory(remembered.images, saved=remembered.saved)
+        else:
+            restored = self._restorer.from_storage(urls)
+        manifest = restored.manifest if restored is not None else None
+        self._origin = "" if restored is None else "storage" if remembered is None else "memory"
+        if restored is not None and restored.durable:
+            self._snapshots.newest = restored.manifest.step
         if manifest is None and init_from:
-            self._snapshots.initialize(self._engine, init_from)
+            self._restorer.weights_from(init_from)
         if self._job.data.normalize:
             self._normalizer = (
                 self._fit_normalizer()
@@ -161,6 +199,7 @@ class Trainer:
             self._reporter.send(
                 "setup",
                 start=start,
+                origin=self._origin,
                 total_steps=self._plan.total_steps,
                 parameters=self._engine.parameters,
                 samples={name: len(indices) for name, indices in self._parts.items()},
@@ -180,17 +219,20 @@ class Trainer:
             prefetch=self._job.data.prefetch,
             workers=self._job.data.workers,
         )
-        meter = _Meter(self._plan)
+        meter = Meter(self._plan)
+        self._pace = Pace(self._remembers, start=start)
         try:
             batches = iter(loader)
             for step in range(start, self._plan.total_steps):
                 if agreement.due(step):
                     self._reporter.sync()
-                    due = self._ctx.rank == 0 and self._due.by_clock()
-                    stop, save = agreement.ask(step, stop=self._reporter.stop_requested, save=due)
-                    if stop:
+                    agreed = agreement.ask(step, self._wishes())
+                    if agreed.stop:
                         return step
-                    if save and self._snapshots.newest != step:
+                    if agreed.reassign:
+                        self._snapshots.reassign()
+                    self._pace.agree(agreed.every)
+                    if agreed.save and self._snapshots.newest != step:
                         self._save(step, self._plan.total_steps)
                 self._evaluated = {}
                 self._one_step(step, batches, meter)
@@ -202,7 +244,15 @@ class Trainer:
             loader.close()
         return self._plan.total_steps
 
-    def _one_step(self, step: int, batches: Iterator[list[Batch]], meter: _Meter) -> None:
+    def _wishes(self) -> Wishes:
+        return Wishes(
+            stop=self._reporter.stop_requested,
+            save=self._ctx.rank == 0 and self._due.by_clock(),
+            reassign=self._snapshots.outdated,
+            every=self._pace.wanted,
+        )
+
+    def _one_step(self, step: int, batches: Iterator[list[Batch]], meter: Meter) -> None:
         train = self._job.train
         self._pulse.mark("data", step)
         begin = time.monotonic()
@@ -211,14 +261,16 @@ class Trainer:
         share = rate(train.schedule, step=step, total_steps=self._plan.total_steps, falls=self._course.falls)
         result = self._engine.step(microbatches, share)
         self._guard.take(step, result)
-        meter.add(step, seconds=time.monotonic() - begin, wait=wait)
+        seconds = time.monotonic() - begin
+        meter.add(step, seconds=seconds, wait=wait)
+        self._pace.stepped(seconds)
         if (step + 1) % train.log_every == 0 or self._evaluates(step + 1):
             row = meter.row(step + 1, result, share * train.optimizer.lr, alone=len(self._engine.parts) == 1)
             row["metrics"] |= self._snapshots.figures()
             self._reporter.row(row | {"skipped_steps": self._guard.skipped(result)})
 
     def _after(self, done: int) -> None:
-        """What comes between steps: evaluation and checkpoints at the steps the job names."""
+        """What comes between steps: evaluation, checkpoints at the steps the job names, and snapshots in memory."""
         if self._evaluates(done) and done < self._plan.total_steps:
             metrics = self._evaluate("val")
             self._reporter.annotate(metrics)
@@ -226,8 +278,12 @@ class Trainer:
             self._course.take(metrics)
             self._draw(done)
         due = self._due.after(done) or (self._course.best and bool(self._evaluated))
-        if due and done < self._plan.total_steps and not self._course.ended:
+        if done == self._plan.total_steps or self._course.ended:
+            return
+        if due:
             self._save(done, self._plan.total_steps)
+        elif self._pace.due(done):
+            self._remember(done)
 
     def _evaluates(self, done: int) -> bool:
         return done % self._evaluate_every == 0 or done == self._plan.total_steps
@@ -268,60 +324,33 @@ class Trainer:
                 self._reporter.image(done, name, png(grid(images)))
 
     def _save(self, done: int, end: int) -> None:
-        """Take a snapshot after ``done`` steps of ``end``."""
+        """Take a snapshot after ``done`` steps of ``end``, which becomes a checkpoint."""
         self._pulse.mark("checkpoint")
         self._engine.share_buffers()
+        self._snapshots.save(self._engine, self._position(done, end), self._tracking)
+        self._due.taken()
+
+    def _remember(self, done: int) -> None:
+        """Take a snapshot after ``done`` steps, which stays in memory."""
+        self._pulse.mark("checkpoint")
+        begin = time.monotonic()
+        self._engine.share_buffers()
+        self._snapshots.remember(self._engine, self._position(done, self._plan.total_steps), self._tracking)
+        self._pace.taken(done, time.monotonic() - begin)
+
+    def _position(self, done: int, end: int) -> Position:
         extra: dict[str, Any] = {"course": self._course.state(), EVALUATED: finite(self._evaluated)}
         if skipped := self._guard.state():
             extra["skipped"] = skipped
         if self._normalizer is not None:
             extra["normalizer"] = self._normalizer.state()
-        position = Position(done, self._plan.samples_before(done), end, extra)
-        self._snapshots.save(self._engine, position, self._tracking)
-        self._due.taken()
+        return Position(done, self._plan.samples_before(done), end, extra)
 
     def _seed(self, purpose: str, *words: int) -> None:
         key = derive(self._job.seed, purpose, *words)
         torch.default_generator.manual_seed(key)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(key)
-
-
-class _Meter:
-    """Adds up step times between two rows of metrics."""
-
-    def __init__(self, plan: StepPlan) -> None:
-        self._plan = plan
-        self._clear()
-
-    def _clear(self) -> None:
-        self._steps, self._samples, self._seconds, self._wait = 0, 0, 0.0, 0.0
-
-    def add(self, step: int, *, seconds: float, wait: float) -> None:
-        self._steps += 1
-        self._samples += self._plan.samples_before(step + 1) - self._plan.samples_before(step)
-        self._seconds += seconds
-        self._wait += wait
-
-    def row(self, done: int, result: StepResult, lr: float, *, alone: bool) -> Row:
-        """This rank's row after ``done`` steps; the sums begin anew."""
-        row: Row = {
-            "step": done,
-            "loss": {part: float(loss) for part, loss in result.loss.items()},
-            "norm": {part: float(norm) for part, norm in result.grad_norm.items()},
-            "loss_scale": {part: found.factor for part, found in result.scaling.items()},
-            "alone": alone,
-            "samples": self._samples,
-            "steps": self._steps,
-            "seconds": self._seconds,
-            "wait": self._wait,
-            "at": time.time(),
-            "lr": lr,
-            "epoch": self._plan.samples_before(done) / self._plan.n,
-            "metrics": {},
-        }
-        self._clear()
-        return row
 
 
 def _saved_normalizer(manifest: Manifest) -> Normalizer:

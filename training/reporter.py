@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
 from base64 import b64encode
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,17 @@ from ..core.wire import Channel
 from ..tracking.journal import Journal
 from ..tracking.samples import keep
 
+_A_MOMENT = 1e-4  # seconds
+_ON_THE_WAY = 1.0  # seconds until rows that were sent are taken to have reached the controller
+
 
 class Reporter(ABC):
     """Rows are kept until :meth:`sync`, which all ranks call at the same steps."""
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
+        self._encoded: list[bytes] = []
+        """Of the first of the rows, as JSON."""
         self._last_row = 0
         self._stop = False
         self._signal = ""
@@ -34,6 +41,7 @@ class Reporter(ABC):
         """Add reduced metrics, such as an evaluation's, to the newest row that is still here. Rank 0's count."""
         if self._rows:
             self._rows[-1]["metrics"].update(metrics)
+            del self._encoded[len(self._rows) - 1 :]
 
     def preempt(self, signal: str) -> None:
         """A signal of this name wants the rank to end: ask for a stop at the next question to all ranks.
@@ -57,6 +65,16 @@ class Reporter(ABC):
         """
 
     @abstractmethod
+    def recent(self) -> tuple[int, bytes]:
+        """For a snapshot in memory: the step of the newest row, and, as a JSON list, the newest rows: of as many as may
+        not have reached the controller.
+        """
+
+    @abstractmethod
+    def delivered(self) -> bool:
+        """Whether all that was sent has left this process. What it keeps back would be lost with it."""
+
+    @abstractmethod
     def send(self, kind: str, **data: Any) -> None:
         """Tell of an event at once."""
 
@@ -75,6 +93,7 @@ class ChannelReporter(Reporter):
     def __init__(self, channel: Channel) -> None:
         super().__init__()
         self._channel = channel
+        self._sent: deque[tuple[float, bytes]] = deque()
 
     def sync(self) -> None:
         if self._signal:
@@ -82,7 +101,10 @@ class ChannelReporter(Reporter):
             self._signal = ""
         if self._rows:
             self._channel.send({"t": "rows", "rows": self._rows})
-            self._rows = []
+            self._encode()
+            now = time.monotonic()
+            self._sent.extend((now, encoded) for encoded in self._encoded)
+            self._rows, self._encoded = [], []
         for message in self._channel.receive():
             match message["t"]:
                 case "stop":
@@ -92,6 +114,21 @@ class ChannelReporter(Reporter):
 
     def unsettled(self) -> int:
         return self._last_row
+
+    def recent(self) -> tuple[int, bytes]:
+        self._encode()
+        old = time.monotonic() - _ON_THE_WAY
+        while self._sent and self._sent[0][0] < old:
+            self._sent.popleft()
+        return self._last_row, b"[" + b",".join([*(encoded for _, encoded in self._sent), *self._encoded]) + b"]"
+
+    def _encode(self) -> None:
+        """Each row once: with a snapshot in every step it would be encoded again and again."""
+        rows = self._rows[len(self._encoded) :]
+        self._encoded += [json.dumps(row, separators=(",", ":")).encode() for row in rows]
+
+    def delivered(self) -> bool:
+        return self._channel.flush(_A_MOMENT)
 
     def image(self, step: int, name: str, png: bytes) -> None:
         self.send("image", step=step, name=name, png=b64encode(png).decode())
@@ -135,6 +172,12 @@ class StandaloneReporter(Reporter):
         if self._journal is not None and not self._journal.flush():
             self._print("the metrics are not on the disk; saving all the same")
         return 0
+
+    def recent(self) -> tuple[int, bytes]:
+        return 0, b"[]"
+
+    def delivered(self) -> bool:
+        return True
 
     def image(self, step: int, name: str, png: bytes) -> None:
         if self._rank == 0:

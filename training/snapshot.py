@@ -1,39 +1,26 @@
-"""Checkpoints from the rank's side: save together, restore together."""
+"""Snapshots from the rank's side: copied into memory together, and now and then made durable."""
 
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from ..checkpoint.manifest import CorruptCheckpoint, Manifest
-from ..checkpoint.reader import catalogue, open_manifest
-from ..checkpoint.retention import set_aside
 from ..checkpoint.saving import Snapshot, description
-from ..checkpoint.writer import PieceKey, assign, held, plan_shard
 from ..core.contracts import Engine
-from ..core.errors import DltrainError, JobError, Problem
-from ..core.formats import is_url
-from ..core.job import Job
-from ..core.storage import Storage
-from .filling import AFRESH, Filler, fill_all, fill_weights
+from ..core.errors import DltrainError
+from .memory import Memory, Position
 from .persistence import Persister, PersisterLost
 from .reporter import Reporter
-from .staging import Stage, image_size
-
-T = TypeVar("T")
+from .staging import Stage
+from .together import any_of, gathered
 
 _PATIENCE = 5.0  # seconds that the last checkpoint is waited for without a word
 _HOPELESS = 60.0  # seconds that a failing storage is tried when training is over
 _ANSWER = 10.0  # seconds that a persister has to let go of what it has not begun to write
-_STAGES = 2
+_GIVEN = 2  # snapshots that a persister has: the one that it writes, and the next
 _STARTS = 5  # persisters that are tried for one snapshot
 
 
@@ -41,22 +28,12 @@ class SaveFailed(DltrainError):
     """A checkpoint could not be written; the older ones are untouched."""
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where in the job a checkpoint was taken: completed steps, samples consumed, and small facts to carry over."""
-
-    step: int
-    samples: int
-    total_steps: int
-    extra: dict[str, Any]
-
-
 @dataclass
 class _Staged:
-    """A snapshot in this rank's memory: one of the stages holds its image."""
+    """A snapshot that the persister was given: its image lies in a stage."""
 
     step: int
-    stage: int
+    stage: Stage
     text: bytes
     starts: int = 0
     """How often a persister was started for it."""
@@ -65,29 +42,22 @@ class _Staged:
 
 
 class Snapshots:
-    """Takes snapshots of an engine's state, and has the persister make them durable in one storage folder.
+    """Takes snapshots of an engine's state, and has the persister make some of them durable.
 
-    There is memory for two: the one that is being written, and the newest, which takes the place of an older one that
-    waits. All ranks decide that alike, so that a checkpoint is of one step.
+    The persister has two at most: the one that is being written, and the newest, which takes the place of an older one
+    that waits. All ranks decide that alike, so that a checkpoint is of one step.
 
     Attributes:
-        newest: step of the snapshot that was taken, or of the checkpoint in this folder that was restored, last; -1
-            before.
+        newest: step of the snapshot that was given to the persister, or of the checkpoint in this run's folder that was
+            restored, last; -1 before.
     """
 
-    def __init__(
-        self, persister: Persister, storage: Storage, job: Job, *, rank: int, world: int, reporter: Reporter
-    ) -> None:
+    def __init__(self, persister: Persister, memory: Memory, *, rank: int, world: int, reporter: Reporter) -> None:
         self._persister = persister
-        self._storage = storage
-        self._job = job
+        self._memory = memory
         self._rank, self._world = rank, world
         self._reporter = reporter
         self.newest = -1
-        self._held: list[PieceKey] = []
-        self._mine: list[PieceKey] = []
-        self._save_id = ""
-        self._stages: dict[int, Stage] = {}
         self._given: list[_Staged] = []
         self._skipped = 0
         self._trouble = ""
@@ -98,26 +68,22 @@ class Snapshots:
         """Copy this rank's part into memory; it is made durable in the background. Collective."""
         taken, begin = time.time(), time.perf_counter()
         self._reporter.sync()
+        memory = self._memory
         state = engine.state()
-        holdings = held(state)
+        memory.look(state)
         self.poll()
-        new, full, trouble = self._any(holdings != self._held, len(self._given) > 1, bool(self._trouble))
-        if new:
-            self._assign(holdings)
+        flags = memory.outdated, len(self._given) > 1, bool(self._trouble)
+        outdated, full, trouble = any_of(*flags, world=self._world)
+        if outdated:
+            memory.assign(state, tracking)
         if full or trouble:
             self._give_way(position.step, all_of_them=trouble)
-        plan = plan_shard(state, self._mine)
-        stage = self._free_stage(image_size(plan))
-        self._stages[stage].fill(plan, state)
-        facts = self._facts(position, tracking) if self._rank == 0 else None
+        self._wait_for_room()
         row = self._reporter.unsettled()
-        image = memoryview(b"")  # it goes as a descriptor
-        stall = time.perf_counter() - begin
-        snapshot = Snapshot(
-            position.step, self._save_id, self._rank, self._world, tuple(plan), image, facts, row, taken, stall
-        )
+        stage = self._copy(position)
+        text = self._description(position, row, taken, time.perf_counter() - begin)
         self.newest, self._failure, self._trouble = position.step, "", ""
-        self._given.append(_Staged(position.step, stage, description(snapshot)))
+        self._given.append(_Staged(position.step, stage, text))
         self._hand_over(self._given[-1])
 
     def figures(self) -> dict[str, float]:
@@ -126,6 +92,46 @@ class Snapshots:
         """
         figures, self._figures = self._figures, {}
         return figures
+
+    def remember(self, engine: Engine, position: Position, tracking: dict[str, Any]) -> bool:
+        """Copy this rank's part into memory, to go on from when a rank is lost; whether it counts.
+
+        No rank waits for another. Where one cannot copy, the others' parts of this step are of no use; what is needed
+        then is settled when the ranks agree on something the next time.
+        """
+        memory = self._memory
+        state = engine.state()
+        memory.look(state)
+        if memory.plan is None:  # on every rank alike
+            memory.assign(state, tracking)
+        if memory.outdated or not self._reporter.delivered():
+            return False
+        self._copy(position)
+        return True
+
+    @property
+    def outdated(self) -> bool:
+        """Whether this rank holds other pieces than have been assigned."""
+        return self._memory.plan is not None and self._memory.outdated
+
+    def reassign(self) -> None:
+        """Have all ranks settle anew who copies what, at the next snapshot. At the same step on every rank."""
+        self._memory.plan = None
+
+    def _copy(self, position: Position) -> Stage:
+        lent = {staged.stage for staged in self._given}
+        row, rows = self._reporter.recent() if self._memory.held else (0, b"[]")
+        return self._memory.copy(position, row=row, rows=rows, lent=lent)
+
+    def _description(self, position: Position, row: int, taken: float, stall: float) -> bytes:
+        """What the persister is told of the snapshot that was copied last."""
+        plan = self._memory.plan
+        assert plan is not None
+        facts = plan.facts | position.facts() if self._rank == 0 else None
+        image = memoryview(b"")  # it goes as a descriptor
+        return description(
+            Snapshot(position.step, plan.save, self._rank, self._world, plan.durable, image, facts, row, taken, stall)
+        )
 
     def poll(self) -> None:
         """Take in what the persister says. Costs microseconds."""
@@ -152,7 +158,7 @@ class Snapshots:
             waited = time.monotonic() - begin
             since = 0.0 if not self._trouble else since or waited
             hopeless = waited > timeout or (since > 0 and waited - since > _HOPELESS)
-            pending, hopeless = self._any(bool(self._given), hopeless)
+            pending, hopeless = any_of(bool(self._given), hopeless, world=self._world)
             if not pending or hopeless:
                 break
             if waited > _PATIENCE and not told:
@@ -165,7 +171,7 @@ class Snapshots:
         if self._given:
             self._drop(self._given)
             self._failure = self._trouble or f"not done after {time.monotonic() - begin:.0f} s"
-        failures = [f"rank {rank}: {why}" for rank, why in enumerate(self._all(self._failure)) if why]
+        failures = [f"rank {rank}: {why}" for rank, why in enumerate(gathered(self._failure, self._world)) if why]
         if failures:
             raise SaveFailed(f"checkpoint of step {self.newest} not written: " + "; ".join(failures))
 
@@ -199,45 +205,21 @@ class Snapshots:
             with contextlib.suppress(PersisterLost):  # as poll() will find
                 self._persister.drop(staged.step)
 
-    def _assign(self, holdings: list[PieceKey]) -> None:
-        """Settle who writes what. It is the same until tensors come or go, as the optimizer's do in the first step."""
-        everyone = self._all((holdings, secrets.token_hex(4)))
-        self._held, self._mine = holdings, assign([keys for keys, _ in everyone])[self._rank]
-        self._save_id = everyone[0][1]
+    def _wait_for_room(self) -> None:
+        """Have the persister able to take another snapshot.
 
-    def _free_stage(self, size: int) -> int:
-        """The index of a stage of ``size`` bytes that is not in use.
-
-        The persister answers at once that it lets go of what it has not begun to write.
+        It answers at once that it lets go of what it has not begun to write.
         """
         deadline = time.monotonic() + _ANSWER
-        while len(self._given) == _STAGES:
+        while len(self._given) == _GIVEN:
             if time.monotonic() > deadline:
                 self._start_again()
             self._persister.wait(1.0)
             self.poll()
-        taken = {staged.stage for staged in self._given}
-        free = next(index for index in range(_STAGES) if index not in taken)
-        before = self._stages.get(free)
-        if before is None or before.size < size:
-            self._stages[free] = Stage(size)
-            if before is not None:
-                before.close()
-        return free
-
-    def _facts(self, position: Position, tracking: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "total_steps": position.total_steps,
-            "samples": position.samples,
-            "job": self._job.model_dump(mode="json"),
-            "rng": {"seed": self._job.seed},
-            "tracking": tracking,
-            "extra": position.extra,
-        }
 
     def _hand_over(self, staged: _Staged) -> None:
         with contextlib.suppress(PersisterLost):  # as the next poll() will find
-            self._persister.save(staged.step, self._stages[staged.stage].fd, staged.text)
+            self._persister.save(staged.step, staged.stage.fd, staged.text)
 
     def _start_again(self) -> None:
         """Start another persister, and give it what the lost one had: its memory is still here."""
@@ -261,71 +243,3 @@ class Snapshots:
                 self._failure = why
             if not why:
                 self._trouble = ""
-
-    def _any(self, *flags: bool) -> list[bool]:
-        """Whether each flag is set on any rank."""
-        if self._world == 1:
-            return list(flags)
-        answer = torch.tensor([int(flag) for flag in flags])
-        dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in answer.tolist()]
-
-    def restore(self, engine: Engine, urls: Sequence[str]) -> Manifest | None:
-        """Load the newest checkpoint that is whole, from the first of ``urls`` that has one; None where there is none.
-
-        A newer one that is not whole is told of. In the folder that this run writes to, what is newer than the restored
-        step is set aside: the run goes on from there.
-
-        Raises:
-            JobError: a whole checkpoint does not fit the job, or none of a folder's is whole: whether to start over is
-                the user's decision.
-        """
-        for url in urls:
-            storage = Storage(url, self._job.checkpoint.options if is_url(url) else None)
-            manifest = self._load_newest(storage, engine, fill_all, where="checkpoint.to")
-            if manifest is not None:
-                if str(storage) == str(self._storage):
-                    self.newest = manifest.step
-                    if self._rank == 0:
-                        set_aside(storage, after=manifest.step)
-                return manifest
-        return None
-
-    def initialize(self, engine: Engine, url: str) -> None:
-        """Take only the weights from the newest whole checkpoint in the folder ``url``.
-
-        Raises:
-            JobError: they do not fit the model, or no checkpoint there is whole.
-        """
-        storage = Storage(url, self._job.checkpoint.options if is_url(url) else None)
-        names = {name for names in self._all([*engine.state()]) for name in names if name.startswith("model.")}
-        self._load_newest(storage, engine, partial(fill_weights, names=names), where="--init-from")
-
-    def _load_newest(self, storage: Storage, engine: Engine, fill: Filler, *, where: str) -> Manifest | None:
-        """Load the newest checkpoint that is whole with ``fill``; None where there is none at all."""
-        newest: str | None = None
-        for step in self._all([entry.step for entry in catalogue(storage)] if self._rank == 0 else [])[0]:
-            failure: str | None = None
-            manifest: Manifest | None = None
-            try:
-                manifest = open_manifest(storage, step)
-                engine.load(partial(fill, storage, manifest))
-            except (CorruptCheckpoint, OSError) as error:
-                failure = f"rank {self._rank}: {error}"
-            failures = [item for item in self._all(failure) if item is not None]
-            if not failures:
-                return manifest
-            if self._rank == 0:
-                self._reporter.send("note", text=f"checkpoint of step {step} is not usable: {failures[0]}")
-            newest = newest or failures[0]
-        if newest is not None:
-            raise JobError(Problem(f"no checkpoint in {storage} is usable: {newest}", where, AFRESH))
-        return None
-
-    def _all(self, value: T) -> list[T]:
-        """Every rank's ``value``, in rank order."""
-        if self._world == 1:
-            return [value]
-        gathered: list[T | None] = [None] * self._world
-        dist.all_gather_object(gathered, value)
-        return gathered  # pyright: ignore[reportReturnType]  # each place is filled

@@ -34,7 +34,9 @@ from ..core.pulse import Pulse
 from ..core.storage import Storage
 from ..core.wire import Channel
 from .context import Context, adopt, context
-from .loop import Trainer
+from .hold import Given, Hold, images_of
+from .loop import Remembered, Trainer
+from .memory import Memory
 from .numerics import make_reproducible
 from .persistence import Persister
 from .reporter import ChannelReporter, Reporter, StandaloneReporter
@@ -54,12 +56,20 @@ class Assignment:
     """The token of this run's lease on the checkpoints."""
     init_from: str = ""
     """Folder of checkpoints to take the weights from where there is nothing to restore; or empty."""
+    generation: int = 0
+    """Number of this start of all ranks."""
+    saved: int = -1
+    """Step of the run's newest checkpoint, as far as is known."""
+    interrupted: bool = False
+    """A checkpoint was being written when the ranks before were lost."""
 
 
-def run_ranked(body: dict[str, Any], *, channel: Channel, pulse: Pulse, news: socket.socket) -> int:
+def run_ranked(
+    body: dict[str, Any], *, channel: Channel, pulse: Pulse, news: socket.socket, memory: socket.socket
+) -> int:
     """Train as one rank of ``dltrain launch``; the exit code. Failures are told before they end the rank.
 
-    ``news`` is the persister's socket to the agent.
+    ``news`` is the persister's socket to the agent, ``memory`` the one over which the agent holds on to snapshots.
     """
     persister = Persister(news)  # before this process has threads
     go_first()  # and not the persister, which has what was trained
@@ -77,8 +87,11 @@ def run_ranked(body: dict[str, Any], *, channel: Channel, pulse: Pulse, news: so
             tracking=body["tracking"],
             lease=body["lease"],
             init_from=body["init_from"],
+            generation=body["generation"],
+            saved=body["saved"],
+            interrupted=body["interrupted"],
         )
-        _train(assignment, ctx, persister, reporter, pulse)
+        _train(assignment, ctx, persister, reporter, pulse, Hold(memory))
         reporter.send("done")
     except JobError as error:
         if pulse.step >= 0:
@@ -116,7 +129,14 @@ def _fail(error: BaseException, reporter: Reporter, pulse: Pulse, job: Job | Non
     return 1
 
 
-def _train(assignment: Assignment, ctx: Context, persister: Persister, reporter: Reporter, pulse: Pulse) -> None:
+def _train(
+    assignment: Assignment,
+    ctx: Context,
+    persister: Persister,
+    reporter: Reporter,
+    pulse: Pulse,
+    hold: Hold | None = None,
+) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):  # the launcher sends none: they tell that the node is taken away
         signal.signal(signum, lambda number, _: reporter.preempt(signal.Signals(number).name))
     pulse.mark("setup")
@@ -130,19 +150,38 @@ def _train(assignment: Assignment, ctx: Context, persister: Persister, reporter:
     lease = assignment.lease if ctx.rank == 0 else ""
     best = {"metric": spec.keep_best, "goal": spec.keep_best_goal}
     persister.open(url=url, options=spec.options, rank=ctx.rank, keep=spec.keep, best=best, lease=lease)
+    given = hold.given() if hold is not None else []
+    keeper = hold if assignment.job.recovery.snapshot != "never" else None
+    memory = Memory(assignment.job, ctx, hold=keeper, generation=assignment.generation)
+    memory.adopt(given)
     trainer = Trainer(
         assignment.job,
         ctx=ctx,
         device=device,
         storage=Storage(url, spec.options),
         persister=persister,
+        memory=memory,
         reporter=reporter,
         pulse=pulse,
     )
-    trainer.run(restore_urls=assignment.restore_urls, tracking=assignment.tracking, init_from=assignment.init_from)
+    trainer.run(
+        restore_urls=assignment.restore_urls,
+        tracking=assignment.tracking,
+        init_from=assignment.init_from,
+        remembered=_remembered(given, assignment),
+    )
     if ctx.world_size > 1:
         dist.barrier()  # nobody leaves while another still needs it
     pulse.mark("end")
+
+
+def _remembered(given: list[Given], assignment: Assignment) -> Remembered | None:
+    """What the agent has handed over to go on from; its descriptors are closed, except those of this rank's memory."""
+    images = images_of(given)
+    for item in given:
+        if not item.mine:
+            os.close(item.fd)
+    return None if images is None else Remembered(images, assignment.saved, assignment.interrupted)
 
 
 def _device(ctx: Context) -> torch.device:

@@ -1,0 +1,60 @@
+"""Recipes whose ranks are killed where a file says so. Tests copy this beside a job.
+
+    recipe: killed:Cnn
+
+``kills.json`` lists for each generation of ranks the deaths in it: ``{"rank", "step", "how"}``. How: "rank" kills the
+rank in its forward pass of the step (from 0), "both" its persister too, "torn" in the middle of the snapshot after the
+step, when the pieces are copied but do not count yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dltrain
+from dltrain.models.cnn import CnnRecipe
+from dltrain.models.gan import GanRecipe
+from dltrain.models.transformer import TransformerRecipe
+from dltrain.training.staging import Stage
+from torch import Tensor, nn
+
+
+class _Killed(dltrain.Recipe):
+    def loss(self, part: str, parts: Mapping[str, nn.Module], batch: dltrain.Batch) -> Tensor:
+        for death in _deaths():
+            if death["step"] == batch.step:
+                _die(death["how"])
+        return super().loss(part, parts, batch)
+
+
+def _deaths() -> list[dict[str, Any]]:
+    ctx = dltrain.context()
+    generations = json.loads(Path("kills.json").read_text()) if ctx.launched else []
+    now = generations[ctx.restart] if ctx.restart < len(generations) else []
+    return [death for death in now if death["rank"] == ctx.rank]
+
+
+def _die(how: str) -> None:
+    if how == "torn":
+        Stage.commit = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        return
+    if how == "both":
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        assert children, "a rank has a persister"
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Cnn(_Killed, CnnRecipe): ...
+
+
+class Transformer(_Killed, TransformerRecipe): ...
+
+
+class Gan(_Killed, GanRecipe): ...
