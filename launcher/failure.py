@@ -128,6 +128,11 @@ class Cost:
     seconds: float
 
     @property
+    def again(self) -> str:
+        """How many steps were done again, in words."""
+        return f"{self.steps} step{'' if self.steps == 1 else 's'} done again"
+
+    @property
     def source(self) -> str:
         """Where the ranks went on, as "from step 137, in memory of 4 ranks"."""
         return f"from step {self.from_step}, {self.origin}" if self.origin else "from the beginning"
@@ -263,7 +268,7 @@ class Report:
     def _cost(self) -> list[str]:
         if self.cost is not None:
             cost = self.cost
-            return [f"It went on {cost.source}: {cost.steps} steps done again, {cost.seconds:.1f} s"]
+            return [f"It went on {cost.source}: {cost.again}, {cost.seconds:.1f} s"]
         if self.decision.action != "fail" or not self.reached:
             return []
         if self.checkpoint is None:

@@ -58,7 +58,7 @@ class FailureReports:
         start = self._start or 0
         cost = Cost(start, self._origin, max(0, report.reached - start), max(0.0, row.at - report.at))
         self.costs.append(cost)
-        back = f"went on {cost.source} after {cost.seconds:.1f} s, with {cost.steps} steps done again"
+        back = f"went on {cost.source} after {cost.seconds:.1f} s, with {cost.again}"
         try:
             self._view.note(f"{back}: {self._put(replace(report, cost=cost))}")
         except RunFailed as error:  # a report is not worth the run that it is about
