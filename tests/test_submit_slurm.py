@@ -103,7 +103,7 @@ def test_a_submitted_job_is_stopped_from_outside_and_a_waiting_one_cancelled(
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert f"digits/slurm-{job}: stopped" in out
-    assert "digits/0001: stopped after step 2" in out
+    assert "digits/0001: stopped after step" in out
     assert RunFolder(box.folder / "runs/digits/0001").checkpoints()
 
 
