@@ -76,3 +76,12 @@ def test_recoveries_are_measured() -> None:
     found = rows(run("recovery.py", "--ranks", "2", "--repeats", "1", "--without", *without))
     assert [cells[0] for cells in found] == ["dltrain", "torchrun"]
     assert [cells[5] for cells in found] == ["1 of 1", "1 of 1"]
+
+
+@pytest.mark.slow
+def test_checkpoints_are_measured_beside_others() -> None:
+    printed = run("checkpoint.py", "--ranks", "2", "--parameters", "0.1", "--state", "rows", "--repeats", "1")
+    found = rows(printed)
+    assert [cells[0] for cells in found] == ["dltrain", "dcp.save", "dcp.async_save", "torch.save", "deepspeed"]
+    assert [cells[-1] for cells in found].count("refused") == 1
+    assert printed.count("; target ") == 4
