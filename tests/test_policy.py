@@ -13,6 +13,7 @@ REFUSED = RankFailure(rank=0, node=0, at=9.0, error="JobError", what="train long
 STUCK = RankFailure(rank=3, node=1, at=8.0, error="stall", what="no progress in data", step=7, phase="data")
 STOPPED = replace(STUCK, what="its process is stopped", abrupt=True)
 STARVED = replace(KILLED, step=7, what="killed by the kernel", starved=True)
+AT_1, AT_2 = (replace(RAISED, what=f"<Net object at 0x7f{last}> has no x") for last in ("0a1", "9c2"))
 FINAL = replace(RAISED, final=True)
 GONE = replace(KILLED, rank=1)
 TOLD = {1: "SIGTERM"}
@@ -49,6 +50,7 @@ def history(restarts: int = 0, *culprits: RankFailure | None) -> History:
         # the same bug again
         (status(failures=(RAISED,)), history(5, RAISED), "fail", "another try would end alike", RAISED),
         (status(failures=(RAISED,)), history(5, None, RAISED), "fail", "another try would end alike", RAISED),
+        (status(failures=(AT_1,)), history(5, AT_2), "fail", "another try would end alike", AT_1),
         (status(failures=(RAISED,)), history(5, replace(RAISED, step=8)), "restart", "ValueError", RAISED),
         (status(failures=(RAISED,)), history(5, replace(RAISED, what="yes")), "restart", "ValueError", RAISED),
         (status(failures=(KILLED,)), history(5, KILLED), "restart", "SIGKILL", KILLED),  # no step: an accident
