@@ -79,7 +79,7 @@ class NodeAgent(NodeMemory):
 
     def _preempt(self, signum: int, frame: Any) -> None:
         """This node is to be taken away: give its ranks the notice, and stay until they have saved a checkpoint."""
-        if self._terminated or not self._ranks:
+        if (self._terminated or not self._ranks) and callable(self._before):
             self._before(signum, frame)
         self._terminated = True  # the thread that holds the lock may be this one, so the other one tells them
 
