@@ -78,6 +78,7 @@ def test_the_signal_of_the_time_limit_saves_requeues_and_goes_on_to_the_same_wei
     run = RunFolder(box.folder / "runs/digits/0001")
     assert_same_run(run, reference)
     assert run.record()["generations"] == 2
+    assert not list(Path("/tmp").glob(f"dltrain-{job}/session_*")), "Ray's files are left"
     listed = box.run("runs", **cluster.environ)
     assert [line.split()[:3] for line in listed.stdout.splitlines()[1:]] == [["digits/0001", "finished", "60"]]
     assert f"slurm-{job}" in listed.stdout

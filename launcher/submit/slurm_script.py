@@ -69,7 +69,7 @@ address() {
     getent ahostsv4 "${named:-$(hostname)}" | awk 'NR == 1 { print $1 }'
 }
 
-# This node of the Ray cluster, until the step is ended. What Ray keeps is in a folder of its own, and goes with it.
+# This node of the Ray cluster, until its input ends. What Ray keeps is in a folder of its own, and goes with it.
 node() {
     prepare
     local where=(--address="$head:$port")
@@ -78,10 +78,15 @@ node() {
         where+=(--temp-dir="$session")
     fi
     ray start --block --disable-usage-stats "${where[@]}" \
-        --node-ip-address="$(address)" --num-cpus="$SLURM_CPUS_ON_NODE" --object-store-memory=80000000 &
+        --node-ip-address="$(address)" --num-cpus="$SLURM_CPUS_ON_NODE" --object-store-memory=80000000 </dev/null &
     local ray=$! code
+    exec 3<&0
+    { read -r _; kill -TERM "$ray"; } <&3 2>/dev/null &
     trap 'kill -TERM "$ray"' TERM INT
     while kill -0 "$ray" 2>/dev/null; do wait "$ray"; code=$?; done
+    trap '' TERM
+    kill -TERM 0  # what Ray has started and not ended
+    sleep 1
     rm -rf "$session"
     return "$code"
 }
@@ -90,7 +95,7 @@ node() {
 child=
 run() {
     local code
-    "$@" &
+    "$@" 9>&- &
     child=$!
     ((asked)) && kill -TERM "$child"
     wait "$child"
@@ -122,18 +127,20 @@ RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')  # lives in the en
 export head port session RAY_AUTH_MODE RAY_AUTH_TOKEN RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 export -f prepare address node
 
-srun --export=ALL --nodes="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --label \
-    bash -c node >>"$log-ray.log" 2>&1 &
+# srun passes its input on to all nodes, so closing it is how they are told to end
+exec 9> >(exec srun --export=ALL --nodes="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --label \
+    bash -c node >>"$log-ray.log" 2>&1)
 cluster=$!
 ((${SLURM_RESTART_COUNT:-0} == 0)) || launch+=("${again[@]}")
 run python -P -m dltrain.launcher.submit.gather "$head:$port" "$nodes" "$cluster" &&
     run "${launch[@]}" --submission "slurm-$SLURM_JOB_ID" --address "$head:$port" "${target[@]}"
 code=$?
-kill -TERM "$cluster" 2>/dev/null
+exec 9>&-
 for ((i = 0; i < 60; i++)); do
     kill -0 "$cluster" 2>/dev/null || break
     sleep 0.5
 done
+kill -TERM "$cluster" 2>/dev/null
 
 if ((late && code == 143 && requeue)); then
     echo "the time is nearly up: back into the queue"
