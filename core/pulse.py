@@ -21,6 +21,7 @@ PHASES = (
     "optimizer",
     "evaluate",
     "checkpoint",
+    "snapshot",
     "user",
     "end",
 )

@@ -26,7 +26,7 @@ _GLANCE = 1.0  # most that counts between two looks: when the observer itself wa
 _FRAMES = 3  # of a stack that the terminal shows; a report has all
 
 _STEP = ("data", "forward", "backward", "optimizer")
-_BETWEEN = ("evaluate", "checkpoint")
+_BETWEEN = ("evaluate", "checkpoint", "snapshot")
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class StallWatch:
     """Watches the beats of one generation's ranks.
 
     Only time is counted in which the beats were looked at, so a machine that was suspended, or a controller that got no
-    core, makes no stall. ``limit`` holds from the third step of a start on, since the first may compile. Evaluation and
-    checkpoints have it once a rank has come through the first: or three times the longest, if that is more. Before, it
-    is ``at_start``.
+    core, makes no stall. ``limit`` holds from the third step of a start on, since the first may compile. Evaluation,
+    checkpoints and snapshots have it once a rank has come through the first: or three times the longest, if that is
+    more. Before, it is ``at_start``.
 
     Args:
         limit: seconds, "auto" or "never".

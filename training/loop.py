@@ -332,7 +332,7 @@ class Trainer:
 
     def _remember(self, done: int) -> None:
         """Take a snapshot after ``done`` steps, which stays in memory."""
-        self._pulse.mark("checkpoint")
+        self._pulse.mark("snapshot")
         begin = time.monotonic()
         self._engine.share_buffers()
         self._snapshots.remember(self._engine, self._position(done, self._plan.total_steps), self._tracking)
