@@ -32,6 +32,7 @@ from .succession import Succession
 from .view import View
 
 _POLL = 0.5
+_TURN = 0.02  # seconds that news are waited for where a decision is near
 _WITNESS_TIME = 0.3  # seconds to hear of other failures after the first, so that the report names the true first
 _KNOWN_CAUSE = 0.1  # the same when one was killed: what the others say is a consequence
 _SILENCE = 30.0
@@ -187,7 +188,7 @@ class Controller:
         trouble_since: float | None = None
         told_to_stop: float | None = None
         while True:
-            self._hear(generation)
+            self._hear(generation, _TURN if trouble_since else _POLL / 2)
             self._metrics.tick()
             self._settle()
             self._look_for_stall(generation)
@@ -302,13 +303,13 @@ class Controller:
                 generation.lose({node: late for node in left if node not in answers})
         return answers
 
-    def _hear(self, generation: Generation) -> None:
-        """One round of polls: whatever the agents have to tell, waiting a fraction of a second for the first."""
+    def _hear(self, generation: Generation, wait: float = _POLL / 2) -> None:
+        """One round of polls: whatever the agents have to tell, waiting ``wait`` seconds for the first."""
         ray = untyped.ray()
         for node, agent in enumerate(self._cluster.agents):
             if node not in generation.lost and all(polled is not agent for polled in self._polls.values()):
                 self._polls[agent.poll.remote(_POLL)] = agent
-        ready, _ = ray.wait(list(self._polls), timeout=_POLL / 2)
+        ready, _ = ray.wait(list(self._polls), timeout=wait)
         for ref in ready:
             agent = self._polls.pop(ref)
             node = next((node for node, known in enumerate(self._cluster.agents) if known is agent), None)
