@@ -5,10 +5,11 @@
     python benchmarks/recovery.py --goodput [--ranks 4] [--minutes 5] [--every 30]
 
 All train the same small model at the same pace (20 ms of sleep a step) on one machine with gloo, and write a checkpoint
-every 20 steps. dltrain runs with `recovery.max_restarts`, torchrun with `--max-restarts` and a monitor that looks ten
-times a second, Ray Train with `FailureConfig` and health checks four times a second. torchrun does not survive a
-restart with gloo unless the script keeps the elastic agent's store free of the keys of earlier starts: "torchrun" is a
-script that does, "torchrun, plain store" one that does not, which is tried once.
+every 20 steps. dltrain runs with `recovery.max_restarts`, and takes snapshots in memory as often as it thinks fit
+(`recovery.snapshot: auto`) or, "every step", in each; torchrun with `--max-restarts` and a monitor that looks ten times
+a second; Ray Train with `FailureConfig` and health checks four times a second. torchrun does not survive a restart with
+gloo unless the script keeps the elastic agent's store free of the keys of earlier starts: "torchrun" is a script that
+does, "torchrun, plain store" one that does not, which is tried once.
 
 A rank is killed from outside at a step that differs from repeat to repeat, the same for all. Counted are the seconds
 until rank 0 begins a step that it had not begun before, and how many steps it did twice. Goodput is the new steps of
@@ -68,6 +69,10 @@ def dltrain(out: Path, ranks: int) -> list[str]:
     return [str(BIN / "dltrain"), "launch", *(f"{key}={value}" for key, value in job.items()), *options]
 
 
+def dltrain_every_step(out: Path, ranks: int) -> list[str]:
+    return [*dltrain(out, ranks), "recovery.snapshot=1"]
+
+
 def torchrun(out: Path, ranks: int) -> list[str]:
     return [*torchrun_plain(out, ranks), "--prefix"]
 
@@ -83,6 +88,7 @@ def ray_train(out: Path, ranks: int) -> list[str]:
 
 CONTENDERS: dict[str, Command] = {
     "dltrain": dltrain,
+    "dltrain, every step": dltrain_every_step,
     "torchrun": torchrun,
     PLAIN: torchrun_plain,
     "Ray Train": ray_train,

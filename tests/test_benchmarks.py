@@ -72,7 +72,7 @@ def test_launches_are_measured() -> None:
 
 @pytest.mark.slow
 def test_recoveries_are_measured() -> None:
-    without = ("Ray Train", "torchrun, plain store")
+    without = ("Ray Train", "torchrun, plain store", "dltrain, every step")
     found = rows(run("recovery.py", "--ranks", "2", "--repeats", "1", "--without", *without))
     assert [cells[0] for cells in found] == ["dltrain", "torchrun"]
     assert [cells[5] for cells in found] == ["1 of 1", "1 of 1"]
