@@ -12,13 +12,14 @@ gloo unless the script keeps the elastic agent's store free of the keys of earli
 does, "torchrun, plain store" one that does not, which is tried once.
 
 A rank is killed from outside at a step that differs from repeat to repeat, the same for all. Counted are the seconds
-until rank 0 begins a step that it had not begun before, and how many steps it did twice. Goodput is the new steps of
-a stretch of time, times the same run's own step without disturbance (the median), over that time. Runs are interleaved.
+until rank 0 begins a step that it had not begun before, and how many steps it did twice. Goodput is the share of a
+stretch of time that went into steps which were done for the first time. Runs are interleaved.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -201,22 +202,31 @@ def goodput(command: Command, ranks: int, *, minutes: float, every: float) -> Go
     draw = random.Random(SEED)
     with running(command, ranks) as run:
         run.reach(60)
-        begin, first = time.time(), run.furthest()
-        times = [at for _, at in run.stamps()]
-        step_seconds = statistics.median(b - a for a, b in itertools.pairwise(times))
-        kills = 0
+        begin = time.time()
+        kills: list[float] = []
         while (left := begin + 60 * minutes - time.time()) > 0 and run.process.poll() is None:
             time.sleep(min(every, left))
             if left > every:
-                try:
-                    run.kill(draw.randrange(ranks))
-                    kills += 1
-                except ProcessLookupError:  # it is not there again yet
-                    continue
+                with contextlib.suppress(ProcessLookupError):  # it is not there again yet
+                    kills.append(run.kill(draw.randrange(ranks)))
         end = time.time()
         stamps = [(step, at) for step, at in run.stamps() if begin < at <= end]
-        new = max((step for step, _ in stamps), default=first) - first
-        return Goodput(new * step_seconds / (end - begin), kills, len(stamps) - new)
+        seconds, again = productive(stamps, kills)
+        return Goodput(seconds / (end - begin), len(kills), again)
+
+
+def productive(stamps: list[tuple[int, float]], kills: list[float]) -> tuple[float, int]:
+    """Seconds of the steps that were done for the first time, from one's begin to the next's; how many were done again.
+
+    A step in which a rank was killed counts as neither.
+    """
+    seconds, again, furthest = 0.0, 0, -1
+    for (step, begun), (following, ended) in itertools.pairwise(stamps):
+        if following == step + 1 and not any(begun <= at <= ended for at in kills):
+            seconds += (ended - begun) * (step > furthest)
+            again += step <= furthest
+            furthest = max(furthest, step)
+    return seconds, again
 
 
 def compare_recovery(ranks: int, repeats: int, contenders: dict[str, Command]) -> dict[str, list[Recovery]]:
