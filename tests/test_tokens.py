@@ -80,7 +80,12 @@ def test_files_of_a_folder_are_documents_in_their_order(tmp_path: Path) -> None:
         (jsonl(["ab"]) + b'{"text": 3}', {}, "data.source", "line 2 of '{}' has no text"),
         (jsonl(["ab"]) + b"{", {}, "data.source", "cannot be read as JSONL: line 2: "),
         (b"[1]", {}, "data.source", "line 1 is no JSON object"),
-        (gzip.compress(jsonl(["ab" * 99]), mtime=0)[:-9], {}, "data.source", "cannot be read as JSONL: Compressed file ended"),
+        (
+            gzip.compress(jsonl(["ab" * 99]), mtime=0)[:-9],
+            {},
+            "data.source",
+            "cannot be read as JSONL: Compressed file ended",
+        ),
         (jsonl(["abc"]), {"length": 4}, "data.options.length", "the training part has 4 tokens, a window takes 5"),
         (b"", {"length": 4}, "data.options.length", "the training part has 0 tokens"),
         (jsonl(["ab"]), {"tokenizer": "nowhere.json"}, "data.options.tokenizer", "no such file: 'nowhere.json'"),
