@@ -25,8 +25,10 @@ from .steptime import LAUNCH, MATRIX, TRAFFIC, Sent, StepTime, step_time
 _GIB = 2**30
 #: Memory of a GPU that training cannot have: the CUDA context, cuBLAS's workspaces, NCCL's buffers.
 GPU_RESERVE = int(1.5 * _GIB)
-#: Memory of a rank without a GPU beside its tensors: the interpreter with torch, as far as it is not shared.
-CPU_RESERVE = int(0.3 * _GIB)
+#: What kernels on a CPU, such as convolutions, take for themselves while they run.
+WORKSPACE = 2**24
+#: Memory of a rank without a GPU beside its tensors: that, and the interpreter with torch, as far as it is not shared.
+CPU_RESERVE = int(0.3 * _GIB) + WORKSPACE
 #: What is added to all tensors' bytes for the allocator's rounding and for holes between them.
 MARGIN = 0.06
 _LEVELS = ("ways", "ways with tensor groups", "ways with pipelines")
@@ -201,7 +203,7 @@ def _same(way: Candidate, job: Job) -> bool:
 
 
 def _preference(row: Row) -> tuple[int, float, float]:
-    """Those that fit by the time of a step; of times within three percent the simpler and smaller first."""
+    """Those that fit by the time of a step, then the others by what they take, then those that cannot be."""
     if row.state == "fits" and row.time is not None:
         return 0, row.time.total, row.total
     return (1, row.total, 0.0) if row.state == "too large" else (2, 0.0, 0.0)

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -81,12 +83,18 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(
-        self, rates: Rates, *, per_node: int, gloo: bool, deliver: Callable[[Tensor, int], None] | None = None
+        self,
+        rates: Rates,
+        *,
+        per_node: int,
+        gloo: bool,
+        deliver: Callable[[Tensor, int], None] | None = None,
     ) -> None:
         super().__init__()
         self.sections: list[Section] = []
         self._rates, self._per_node, self._gloo, self._deliver = rates, per_node, gloo, deliver
         self._held: dict[int, tuple[int, int]] = {}  # by storage: bytes, kind
+        self._alarms: set[int] = set()
         self._now = [0] * len(KINDS)
         self._series: list[tuple[int, ...]] = []
         self._current = Section("build", [])
@@ -101,12 +109,21 @@ class Ledger(TorchDispatchMode):
             ledger._resized(storage)
 
         torch.UntypedStorage.resize_ = followed  # pyright: ignore[reportAttributeAccessIssue]  # no dispatch mode sees it
+        self._propagate = propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def unseen(self: ShardingPropagator, op_schema: Any) -> Any:
+            """DTensor finds out the shape of a whole result, of which no rank has more than a piece."""
+            with _disable_current_modes():
+                return propagate(self, op_schema)
+
+        ShardingPropagator._propagate_tensor_meta_non_cached = unseen
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         torch.UntypedStorage.resize_ = self._resize
+        ShardingPropagator._propagate_tensor_meta_non_cached = self._propagate
 
     def begin(self, name: str) -> None:
         """Close the section that is open, in two halves, and open the next."""
@@ -153,6 +170,8 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it comes back with what it does to this rank's piece
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func, args, given)
@@ -166,15 +185,21 @@ class Ledger(TorchDispatchMode):
         try:
             result = func(*args, **kwargs)
         except DataDependentOutputException:
-            return 0  # a norm that is finite, an overflow that is none
+            return self._answer(given[0])
         self._made(func, args, kwargs, given, result)
         return result
+
+    def _answer(self, figure: Tensor) -> bool | int:
+        """What a program is told that asks for a value: all is as it should be, nothing has overflowed."""
+        return figure.dtype == torch.bool and figure.untyped_storage()._cdata not in self._alarms
 
     def _made(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], result: Any) -> None:
         fresh = 0
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and not leaf.is_meta]
         for leaf in leaves:
             fresh += self._see(leaf.untyped_storage())
+            if func.overloadpacket is torch.ops.aten.any:  # such as: is any of them not finite
+                self._alarms.add(leaf.untyped_storage()._cdata)
         if func.namespace == "_c10d_functional":
             self.tag(leaves, "communication", over=("other",))
         if not fresh and (func.is_view or not func._schema.is_mutable):
@@ -201,6 +226,7 @@ class Ledger(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         size, kind = self._held.pop(key)
+        self._alarms.discard(key)
         self._count(-size, kind)
 
     def _resized(self, storage: torch.UntypedStorage) -> None:

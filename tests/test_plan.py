@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import dltrain
@@ -66,23 +67,22 @@ def job_of(*overrides: str) -> Job:
     return load_job(None, (*LM, *overrides), {}, {}, recipes=["transformer"]).job
 
 
+def ask(runs: DryRuns, job: Job, *, world: int, rank: int = 0) -> dict[str, Any]:
+    """The footprint of a rank of a job with GPUs."""
+    rates = dict.fromkeys(("half", "full", "memory", "launch"), 1.0)
+    device = {"rates": rates, "gpu": True, "fused": ["half", "full"], "grouped": ["half"]}
+    field = {"shape": [64], "dtype": "int64"}
+    request = {"ask": "footprint", "job": job.model_dump(mode="json"), "world": world, "rank": rank, "per_node": 8}
+    return runs.ask({**request, "samples": {"x": field, "y": field}, "evaluated": 8, "device": device}).result()
+
+
 def test_few_blocks_and_few_ranks_tell_of_many() -> None:
     """12 blocks are followed as 4, 64 ranks as 16; 8 and 9 blocks, and 16 ranks, are followed as they are."""
-    device = {
-        "rates": dict.fromkeys(("half", "full", "memory", "launch"), 1.0),
-        "gpu": True,
-        "fused": [],
-        "grouped": [],
-    }
-    field = {"shape": [64], "dtype": "int64"}
 
     def peaks(runs: DryRuns, layers: int, strategy: str, world: int) -> dict[str, float]:
         # each rank has the same number of samples
         job = job_of(f"model.layers={layers}", f"parallel.strategy={strategy}", f"train.global_batch={2 * world}")
-        request = {"ask": "footprint", "job": job.model_dump(mode="json"), "world": world, "rank": 0, "per_node": 8}
-        rest = {"samples": {"x": field, "y": field}, "evaluated": 8, "device": device}
-        found = runs.ask({**request, **rest}).result()["peaks"]
-        return {phase: sum(kinds.values()) for phase, kinds in found.items()}
+        return {phase: sum(kinds.values()) for phase, kinds in ask(runs, job, world=world)["peaks"].items()}
 
     with DryRuns(1) as runs:
         for strategy in ("ddp", "fsdp"):
@@ -91,6 +91,18 @@ def test_few_blocks_and_few_ranks_tell_of_many() -> None:
         few, many = (peaks(runs, 8, "fsdp", world) for world in (16, 64))
         assert all(many[phase] <= few[phase] for phase in few)
         assert many["backward"] > few["backward"] / 2, "activations are the same"
+
+
+def test_all_ranks_together_compute_the_same_and_share_what_they_hold() -> None:
+    common = ("train.microbatches=8", "model.kv_heads=4")
+    with DryRuns(1) as runs:
+        one = ask(runs, job_of(*common), world=1)
+        for spread, ranks in ((("parallel.tensor=2",), (0, 0)), (("parallel.pipeline=2",), (0, 1))):
+            found = [ask(runs, job_of(*common, *spread), world=2, rank=rank) for rank in ranks]
+            assert sum(each["flops"] for each in found) == pytest.approx(one["flops"], rel=0.01)
+            held = sum(each["held"]["weights"] for each in found) / one["held"]["weights"]
+            assert 1 <= held < 1.2, "norms are everybody's, and both ends of a pipeline hold a tied matrix"
+            assert all(sum(each["peaks"]["evaluate"].values()) > 0 for each in found)
 
 
 def test_the_table_and_its_first_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -61,7 +61,12 @@ class _Run:
         if parallel.pipeline_schedule == "gpipe" and parallel.pipeline > 1:
             most = self._own  # all of them are under way at once
         self._followed = min(self._own, most)
+        if parallel.pipeline > 1:  # whose schedule is made for so many
+            data = parallel.axes(world)["data"]
+            fewer = {"microbatches": self._followed * data, "global_batch": self._samples * self._followed * data}
+            self._job = job.model_copy(update={"train": train.model_copy(update=fewer)})
         self._forms: list[Form] = []
+        self._evaluated: list[Form] = []
         self._ledger = Ledger(setting.device.rates, per_node=setting.per_node, gloo=not gpu, deliver=self._deliver)
         self._times: list[float] = []
         self._repeat = 1.0
@@ -72,7 +77,9 @@ class _Run:
             batches = [self._batch(self._samples, index) for index in range(self._followed)]
             evaluated = self._batch(setting.evaluated, 0) if setting.evaluated else None
             if self._job.parallel.pipeline > 1:
-                self._forms = self._told(batches[0])
+                self._forms = self._told(batches[0], self._recipe.loss)
+                if evaluated is not None:
+                    self._evaluated = self._told(evaluated, lambda _, *given: self._recipe.metrics(*given))
         device = torch.device("cpu")  # fake GPUs need a build of torch that has them
         self._place()
         attention = Fused(setting.device.fused, setting.device.grouped) if setting.device.gpu else nullcontext()
@@ -124,6 +131,7 @@ class _Run:
     def _evaluate(self, engine: Engine, batch: Batch) -> None:
         self._ledger.see(batch.fields.values())
         self._mark("evaluate")
+        self._forms = self._evaluated
         with engine.evaluating():
             engine.evaluate(batch)
             if isinstance(self._recipe, DrawsSamples):
@@ -205,8 +213,8 @@ class _Run:
         else:
             self._repeat = float(self._own - 2) if index == 1 and self._followed == 3 else 1.0
 
-    def _told(self, batch: Batch) -> list[Form]:
-        """What goes from each stage to the next, learnt from a forward pass of the whole model."""
+    def _told(self, batch: Batch, use: Callable[..., object]) -> list[Form]:
+        """What goes from each stage to the next where ``use`` calls the part: from a forward pass of the whole."""
         ((name, module),) = self._modules.items()
         runs = divide(module, self._recipe.layout(name).pipeline, self._job.parallel.stages)
         seen: dict[str, Form] = {}
@@ -216,7 +224,7 @@ class _Run:
 
         hooks = [module.get_submodule(run[-1]).register_forward_hook(partial(note, run[-1])) for run in runs]
         with autocast(self._job, torch.device("cpu"))():
-            self._recipe.loss(name, self._modules, batch)
+            use(name, self._modules, batch)
         for hook in hooks:
             hook.remove()
         return [seen[run[-1]] for run in runs]
