@@ -70,6 +70,8 @@ def _rows(status: RunStatus) -> list[tuple[str, str]]:
     if status.seconds:
         spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in status.seconds.items())
         rows.append(("goodput", f"{status.goodput:.0%} ({spent})"))
+    for rank, slower in status.stragglers.items():
+        rows.append(("slow", f"rank {rank}: {slower:.0%} slower than the median"))
     if status.pid:
         heard = f", heard of {duration(status.heard)} ago" if status.heard is not None else ""
         living = heard if status.state == "running" else ""

@@ -37,6 +37,8 @@ def print_summary(job: Job, result: RunResult) -> None:
     table.add_row("goodput", f"{result.goodput:.0%} of {duration(total)} ({spent})")
     if result.checkpoints:
         table.add_row("checkpoints", _cost(result.checkpoints))
+    for words in result.slow:
+        table.add_row("slow", words)
     if result.restarts:
         table.add_row("restarts", f"{result.restarts}{_restarts(result.costs)}")
     table.add_row("run", str(run))

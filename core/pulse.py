@@ -45,6 +45,9 @@ class Pulse:
         self.fd = fd
         self._page = mmap.mmap(fd, mmap.PAGESIZE)
         self.step = -1
+        self._phase, self._since = _PHASE_ID["start"], time.monotonic()
+        self._spent = [0.0] * len(PHASES)
+        self._last = [0.0] * len(PHASES)
 
     @classmethod
     def create(cls) -> Pulse:
@@ -59,7 +62,20 @@ class Pulse:
         """Write where this rank is now."""
         if step is not None:
             self.step = step
-        _LAYOUT.pack_into(self._page, 0, self.step, _PHASE_ID[phase], time.monotonic())
+        now = time.monotonic()
+        stretch = now - self._since
+        self._spent[self._phase] += stretch
+        self._last[self._phase] = stretch
+        self._phase, self._since = _PHASE_ID[phase], now
+        _LAYOUT.pack_into(self._page, 0, self.step, self._phase, now)
+
+    def spent(self, phase: str) -> float:
+        """Seconds that this process has been in a phase, before its last mark."""
+        return self._spent[_PHASE_ID[phase]]
+
+    def last(self, phase: str) -> float:
+        """Seconds that it was there the last time."""
+        return self._last[_PHASE_ID[phase]]
 
     def read(self) -> Beat:
         values: tuple[int, int, float] = _LAYOUT.unpack_from(self._page, 0)

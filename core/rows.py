@@ -11,7 +11,8 @@ from .tree import tree_sum
 #: One rank's JSON-able record of the steps since its last one. Keys: ``step`` (completed optimizer steps), ``loss``
 #: and ``norm`` (by part, of those trained in that step; the ranks' loss shares add up), ``loss_scale`` and
 #: ``skipped_steps`` (by part, where losses are scaled), ``alone`` (whether the recipe has one part only), ``samples``,
-#: ``steps``, ``seconds`` and ``wait`` (step time, and the part of it spent waiting for data), ``at`` (Unix time),
+#: ``steps``, ``seconds`` and ``wait`` (step time, and the part of it spent waiting for data), ``own`` (the part of it
+#: before other ranks were waited for), ``evaluate`` and ``checkpoint`` (seconds between steps), ``at`` (Unix time),
 #: ``lr``, ``epoch``, ``metrics`` (already reduced).
 Row = dict[str, Any]
 
@@ -27,6 +28,9 @@ class RunRow:
         steps: optimizer steps since the previous row.
         compute: seconds of those steps that were not spent waiting for data (the mean over ranks).
         wait: seconds of them spent waiting for data (the mean over ranks).
+        own: by rank, seconds of them before it could wait for others.
+        evaluate: seconds spent in evaluations since the previous row (the mean over ranks).
+        checkpoint: seconds that training stood still for checkpoints since then (the mean over ranks).
     """
 
     step: int
@@ -35,6 +39,14 @@ class RunRow:
     steps: int
     compute: float
     wait: float
+    own: tuple[float, ...] = ()
+    evaluate: float = 0.0
+    checkpoint: float = 0.0
+
+    @property
+    def straggle(self) -> float:
+        """Seconds of ``compute`` that ranks waited for the slowest (the mean over ranks)."""
+        return min(max(self.own) - sum(self.own) / len(self.own), self.compute) if self.own else 0.0
 
 
 def reduce_rows(rows: list[Row]) -> RunRow:
@@ -56,9 +68,18 @@ def reduce_rows(rows: list[Row]) -> RunRow:
     metrics["train/data_seconds"] = max(row["wait"] for row in rows) / first["steps"]
     for row in rows:
         metrics.update(row["metrics"])
-    wait = sum(row["wait"] for row in rows) / len(rows)
-    seconds = sum(row["seconds"] for row in rows) / len(rows)
-    return RunRow(first["step"], max(row["at"] for row in rows), metrics, first["steps"], seconds - wait, wait)
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in ("seconds", "wait", "evaluate", "checkpoint")}
+    return RunRow(
+        first["step"],
+        max(row["at"] for row in rows),
+        metrics,
+        first["steps"],
+        compute=mean["seconds"] - mean["wait"],
+        wait=mean["wait"],
+        own=tuple(row["own"] for row in rows),
+        evaluate=mean["evaluate"],
+        checkpoint=mean["checkpoint"],
+    )
 
 
 def _name(row: Row, part: str, figure: str) -> str:

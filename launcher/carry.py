@@ -51,6 +51,7 @@ class RunResult:
         checkpoints: what each checkpoint has cost: ``stall_seconds`` that training waited, ``durable_seconds`` until it
             was complete, ``bytes`` of its tensors.
         costs: what each failure cost that the run went on after.
+        slow: ranks that were notably slower than the others, in words.
     """
 
     status: Literal["finished", "stopped", "failed"]
@@ -63,6 +64,7 @@ class RunResult:
     restarts: int = 0
     checkpoints: Sequence[Mapping[str, float]] = ()
     costs: tuple[Cost, ...] = ()
+    slow: tuple[str, ...] = ()
 
 
 def _nothing(*_: object) -> None:
@@ -140,6 +142,7 @@ def _finish(
     """Give the trackers their last chance, until the user has had enough, and complete the run directory."""
     run = work.run
     view.phase("finishing the trackers")
+    metrics.summarize(_summary(goodput, ending.restarts if ending else 0))
     enough = min(stop.count + 1, 2)
     outcome = metrics.finish(_TRACKER_TIMEOUT, failed=state == "failed", give_up=lambda: stop.count >= enough)
     if outcome.state == "incomplete":
@@ -229,7 +232,16 @@ def _result(state: State, run: RunDir, ending: Ending | None, goodput: Goodput, 
         restarts=ending.restarts if ending else 0,
         checkpoints=said.get("costs", ()),
         costs=ending.costs if ending else (),
+        slow=goodput.stragglers.words(run.record.ranks_per_node[-1][1]),
     )
+
+
+def _summary(goodput: Goodput, restarts: int) -> dict[str, float]:
+    """What the trackers keep of a run beside its metrics."""
+    now = time.time()
+    seconds = {f"seconds/{name.replace(' ', '_')}": seconds for name, seconds in goodput.shares(now).items()}
+    slow = {f"slow/rank_{rank}": slower for rank, slower in goodput.stragglers.found().items()}
+    return {"goodput": goodput.ratio(now), **seconds, "restarts": restarts, **slow}
 
 
 def _facts(result: RunResult) -> dict[str, str]:
@@ -239,5 +251,6 @@ def _facts(result: RunResult) -> dict[str, str]:
         **{name: f"{value:.4g}" for name, value in result.metrics.items()},
         "goodput": f"{result.goodput:.0%}",
         **{f"time: {name}": duration(seconds) for name, seconds in result.seconds.items()},
+        **({"slow ranks": "; ".join(result.slow)} if result.slow else {}),
         "W&B": result.tracking.url or result.tracking.command or result.tracking.state,
     }

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core.memory import in_words
 from .messages import Exit, NodeInfo
@@ -171,7 +171,7 @@ class Report:
         Args:
             evidence: left out where the terminal has shown the ranks' output already.
         """
-        lines = [f"{self._headline()}: {self.decision.reason}."]
+        lines = [f"{self.headline()}: {self.decision.reason}."]
         ordered = list(self.casualties)
         if self.decision.culprit is None:
             for node, what in sorted(self.lost.items()):
@@ -184,12 +184,24 @@ class Report:
         lines += ["", f"Done about it: {self.action}", *self._cost()]
         return "\n".join(line.rstrip() for line in lines) + "\n"
 
-    def _headline(self) -> str:
-        if (not self.decision.counts and not self.lost) or self.decision.signum:
+    @property
+    def preempted(self) -> bool:
+        """Whether ranks were told to end by somebody else, which is no failure."""
+        return (not self.decision.counts and not self.lost) or bool(self.decision.signum)
+
+    def headline(self) -> str:
+        """What it comes to, in a few words."""
+        if self.preempted:
             return "Preempted"
         if self.decision.action == "fail":
             return "The run failed"
         return "A failure" if self.cost is None else "A failure, recovered from"
+
+    def level(self) -> Literal["INFO", "WARN", "ERROR"]:
+        """How much it should alarm people."""
+        if self.preempted:
+            return "INFO"
+        return "ERROR" if self.decision.action == "fail" else "WARN"
 
     def json(self) -> str:
         """The same for programs."""
@@ -206,7 +218,7 @@ class Report:
         report = {
             "generation": self.generation,
             "reason": self.decision.reason,
-            "preempted": not self.decision.counts or bool(self.decision.signum),
+            "preempted": self.preempted,
             "action": self.action,
             "lost_nodes": dict(self.lost),
             "ranks": ranks,

@@ -52,7 +52,7 @@ class Intake:
     ) -> None:
         self._run, self._logs, self._speaks, self._remedies = run, logs, speaks, remedies
         self._metrics, self._goodput, self._view = metrics, goodput, view
-        self.reports = FailureReports(run, view)
+        self.reports = FailureReports(run, view, metrics)
         self.last_words: dict[str, Any] = {}
         self.saved = -1
         self.settling: int | None = None
@@ -105,6 +105,7 @@ class Intake:
             case "trouble":
                 self._take_trouble(message)
             case "end":
+                self._goodput.end(**message["spent"])
                 self.last_words.update(message)
             case "done":
                 generation.done.add(rank)

@@ -103,6 +103,7 @@ class Live(View):
             "ranks": ranks,
             "goodput": self._goodput.ratio(now),
             "seconds": self._goodput.shares(now),
+            "stragglers": self._goodput.stragglers.found(),
             "stop_requests": self._stop.count,
         }
         with contextlib.suppress(RunFailed):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..core.job import TrackingSpec
 from ..core.rows import RunRow
+from ..tracking.alerts import Level, raise_alert
 from ..tracking.journal import Journal
 from ..tracking.journal import Row as JournalRow
 from ..tracking.outcome import Outcome
 from ..tracking.tensorboard import TensorBoardPump
 from ..tracking.wandb import WandbPump
+from ..tracking.wandb_feed import SUMMARY
 from .rundir import RunDir
 
 
@@ -21,6 +24,7 @@ class Metrics:
     def __init__(
         self, run: RunDir, spec: TrackingSpec, *, config: Mapping[str, Any], on_message: Callable[[str], None]
     ) -> None:
+        self._run = run
         path = run.path / "metrics.jsonl"
         self._journal = Journal(path, on_message=on_message)
         self.wandb = WandbPump(
@@ -52,6 +56,14 @@ class Metrics:
     def tick(self) -> None:
         """Call now and then: makes what has come so far durable, at most once a second."""
         self._journal.flush(min_interval=1.0)
+
+    def summarize(self, figures: Mapping[str, float]) -> None:
+        """Keep what trackers show of a whole run, for when they finish."""
+        self._run.write(SUMMARY, json.dumps(figures, indent=2) + "\n")
+
+    def alert(self, title: str, text: str, level: Level) -> None:
+        """Have the trackers tell people of something at once."""
+        raise_alert(self._run.path, title, text, level)
 
     def finish(self, timeout: float, *, failed: bool, give_up: Callable[[], bool]) -> Outcome:
         """Close the journal and give the trackers ``timeout`` seconds to deliver the rest; how W&B ended.

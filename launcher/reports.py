@@ -8,6 +8,7 @@ from pathlib import Path
 from ..core.errors import RunFailed
 from ..core.rows import RunRow
 from .failure import Cost, Report
+from .metrics import Metrics
 from .rundir import RunDir
 from .view import View
 
@@ -15,8 +16,8 @@ from .view import View
 class FailureReports:
     """Keeps ``failures/<generation>.txt`` and ``.json`` of the run directory, and shows them."""
 
-    def __init__(self, run: RunDir, view: View) -> None:
-        self._run, self._view = run, view
+    def __init__(self, run: RunDir, view: View, metrics: Metrics) -> None:
+        self._run, self._view, self._metrics = run, view, metrics
         self._checkpoint: int | None = None
         self._start: int | None = None
         self._origin = ""
@@ -31,7 +32,9 @@ class FailureReports:
             evidence: show tracebacks and output too.
         """
         report = replace(report, checkpoint=self._checkpoint)
-        self._view.note(report.text(evidence=evidence))
+        text = report.text(evidence=evidence)
+        self._view.note(text)
+        self._metrics.alert(report.headline(), text, report.level())
         self._put(report)
         self._start = None
         self._open = report if report.decision.action == "restart" else None

@@ -47,6 +47,7 @@ class RunStatus:
             the last known.
         goodput: share of the last launch's wall time spent in optimizer steps.
         seconds: where the last launch's time went.
+        stragglers: ranks that are notably slower than the median, by how much as a share of it.
         stop_requests: how often it was asked to stop.
         stop_grace: seconds that the ranks get to end then.
         heard: seconds since the driver wrote this.
@@ -71,6 +72,7 @@ class RunStatus:
     ranks: tuple[Mapping[str, Any], ...]
     goodput: float
     seconds: Mapping[str, float]
+    stragglers: Mapping[str, float]
     stop_requests: int
     stop_grace: float
     heard: float | None
@@ -165,6 +167,7 @@ def look(run: Path) -> RunStatus:
         ranks=ranks if state in ("running", "died") else (),
         goodput=facts.get("goodput", 0.0),
         seconds=facts.get("seconds", {}),
+        stragglers=facts.get("stragglers", {}),
         stop_requests=facts.get("stop_requests", 0),
         stop_grace=facts.get("stop_grace", 0.0),
         heard=max(0.0, time.time() - facts["at"]) if facts else None,

@@ -43,6 +43,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     exit_code: int | None = None
     started: bool = False
+    alerts: list[tuple[str, str]] = field(default_factory=list)
 
 
 class StandIn:
@@ -114,6 +115,10 @@ class StandIn:
             case "CreateRunFiles":
                 files = [{"name": name, "uploadUrl": f"{self.url}/storage/{name}"} for name in given["files"]]
                 return {"createRunFiles": {"runID": given["run"], "uploadHeaders": [], "files": files}}
+            case "NotifyScriptableRunAlert":
+                run = self._run(given["runName"], given["projectName"])
+                run.alerts.append((given["title"], given["severity"]))
+                return {"notifyScriptableRunAlert": {"success": True}}
             case "ServerFeaturesQuery":
                 return {"serverInfo": {"features": []}}
             case _:

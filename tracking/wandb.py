@@ -26,6 +26,7 @@ from typing import Any
 
 from ..core.job import WandbSpec
 from ..core.wire import Channel
+from .alerts import alerts
 from .outcome import Outcome
 from .processes import kill_descendants
 from .wandb_feed import FeedRequest
@@ -144,7 +145,7 @@ class WandbPump:
     def _pump(self) -> Outcome:
         while self._journal_size() == self._size_at_start and not self._finishing:
             self._wait_for_finish(_FIRST_ROW_POLL)
-        if self._journal_size() == 0:
+        if self._journal_size() == 0 and not alerts(self._journal.parent):
             return Outcome("complete", message="W&B: nothing was logged, so no run was made")
         pause = self._pause
         while time.monotonic() < self._deadline:

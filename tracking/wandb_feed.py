@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from ..core.wire import Channel, Message
+from .alerts import Sent, alerts
 from .files import write_whole
 from .journal import Tail
 from .processes import kill_descendants, run_in_gaps
@@ -38,6 +39,7 @@ from .processes import kill_descendants, run_in_gaps
 if TYPE_CHECKING:
     from wandb import Run
 
+SUMMARY = "summary.json"
 _POLL_SECONDS = 1.0
 _PULSE_SECONDS = 5.0
 _AUDITS = 1
@@ -146,6 +148,8 @@ class Feed:
             if attempt and self._link.finishing and not missing:
                 break
             self._feed(run)
+            if self._link.finishing:
+                self._summarize(run)
             if self._request.mode == "offline":
                 break
             # finish() succeeds silently where the server refused the rows: start again, to be told what it has.
@@ -211,10 +215,13 @@ class Feed:
     def _feed(self, run: Run) -> None:
         """Log the journal's rows from ``run.starting_step`` on, until they have come to an end or uploading has."""
         tail = Tail(self._request.journal)
+        # An offline folder is written anew from the first row on: the alerts of one before are not in it.
+        sent = Sent(self._request.folder / "alerts-sent", anew=self._request.mode == "offline")
         self._rows = 0
         while not (self._stop_asked.is_set() and self._heed_stop):
             finishing = self._link.finishing
             rows = tail.read()
+            self._alert(run, sent)
             for row in rows:
                 if row.step >= run.starting_step:
                     run.log({**row.metrics, "_timestamp": row.time}, step=row.step, commit=True)
@@ -226,6 +233,16 @@ class Feed:
                     return
                 self._link.wait(_POLL_SECONDS)
                 self._pulse()
+
+    def _alert(self, run: Run, sent: Sent) -> None:
+        for alert in alerts(Path(self._request.run_dir))[sent.count :]:
+            run.alert(alert.title, alert.text, level=alert.level, wait_duration=0)
+            sent.add()
+
+    def _summarize(self, run: Run) -> None:
+        """Put what is known of the run as a whole beside its metrics."""
+        with suppress(OSError, ValueError):
+            run.summary.update(json.loads(Path(self._request.run_dir, SUMMARY).read_text(encoding="utf-8")))
 
     def _pulse(self) -> None:
         now = time.monotonic()

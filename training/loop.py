@@ -100,6 +100,7 @@ class Trainer:
             steps=train.steps,
             last_step=train.last_step,
         )
+        self._meter = Meter(self._plan, pulse)
         self._guard = Guard(job, self._plan, self._source, self._parts["train"], ctx=ctx, reporter=reporter)
         self._normalizer: Normalizer | None = None
         self._course = Course(train, job.checkpoint)
@@ -152,7 +153,8 @@ class Trainer:
         self._reporter.sync()
         if self._ctx.rank == 0:
             status = "finished" if finished else "stopped"
-            self._reporter.send("end", status=status, step=done, metrics=metrics)
+            self._pulse.mark("end")
+            self._reporter.send("end", status=status, step=done, metrics=metrics, spent=self._meter.between())
 
     def _restore(self, urls: Sequence[str], init_from: str, remembered: Remembered | None) -> int:
         """Load what there is to go on from, if anything, and settle the normalisation; the number of completed steps.
@@ -219,7 +221,6 @@ class Trainer:
             prefetch=self._job.data.prefetch,
             workers=self._job.data.workers,
         )
-        meter = Meter(self._plan)
         self._pace = Pace(self._remembers, start=start)
         try:
             batches = iter(loader)
@@ -235,7 +236,7 @@ class Trainer:
                     if agreed.save and self._snapshots.newest != step:
                         self._save(step, self._plan.total_steps)
                 self._evaluated = {}
-                self._one_step(step, batches, meter)
+                self._one_step(step, batches)
                 self._after(step + 1)
                 self._snapshots.poll()
                 if self._course.ended:
@@ -252,20 +253,20 @@ class Trainer:
             every=self._pace.wanted,
         )
 
-    def _one_step(self, step: int, batches: Iterator[list[Batch]], meter: Meter) -> None:
+    def _one_step(self, step: int, batches: Iterator[list[Batch]]) -> None:
         train = self._job.train
         self._pulse.mark("data", step)
+        self._meter.begin()
         begin = time.monotonic()
         microbatches = [_to(batch, self._device) for batch in next(batches)]
         wait = time.monotonic() - begin
         share = rate(train.schedule, step=step, total_steps=self._plan.total_steps, falls=self._course.falls)
         result = self._engine.step(microbatches, share)
         self._guard.take(step, result)
-        seconds = time.monotonic() - begin
-        meter.add(step, seconds=seconds, wait=wait)
-        self._pace.stepped(seconds)
+        self._meter.add(step, wait=wait)
+        self._pace.stepped(time.monotonic() - begin)
         if (step + 1) % train.log_every == 0 or self._evaluates(step + 1):
-            row = meter.row(step + 1, result, share * train.optimizer.lr, alone=len(self._engine.parts) == 1)
+            row = self._meter.row(step + 1, result, share * train.optimizer.lr, alone=len(self._engine.parts) == 1)
             row["metrics"] |= self._snapshots.figures()
             self._reporter.row(row | {"skipped_steps": self._guard.skipped(result)})
 
