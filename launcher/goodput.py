@@ -38,8 +38,8 @@ class Goodput:
         if self.first_step is None or self.last_step is None:
             self.first_step = begin
         elif self._restarting:
-            self.recovery += max(0.0, begin - self.last_step)
-        self._restarting = False
+            self.recovery += max(0.0, begin - self.last_step - self._tail)
+        self._restarting, self._tail = False, 0.0
         self.last_step = row.at
         if again:
             self.recovery += row.compute + row.wait + row.evaluate + row.checkpoint
