@@ -1,7 +1,7 @@
 # make train       make a virtual environment, install, and train the built-in job on two nodes
 # make test        the same environment with what tests need, and the tests
 # make test-slow   the tests that take more than about twenty seconds each
-# make test-campaign   fifty random schedules of faults, over all strategies: a quarter of an hour
+# make test-campaign   random faults under every strategy, real Slurm and sshd, several machines: most of an hour
 # make lint        ruff and basedpyright
 # make benchmark   what docs/benchmarks.md reports
 # make clean       remove what tools leave; the environment and the runs stay

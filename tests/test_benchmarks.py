@@ -70,7 +70,7 @@ def test_launches_are_measured() -> None:
     assert "dltrain warm" in printed.rpartition("spread")[2]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_recoveries_are_measured() -> None:
     without = ("Ray Train", "torchrun, plain store", "dltrain, every step")
     found = rows(run("recovery.py", "--ranks", "2", "--repeats", "1", "--without", *without))

@@ -51,7 +51,7 @@ def play(box: Sandbox, setup: str, *, seed: int, schedules: int) -> None:
     assert sum(schedule["starts"] > 1 for schedule in answer["schedules"]) >= schedules // 2
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_random_faults_change_nothing(sandbox: Sandbox) -> None:
     play(sandbox, "fsdp × 2", seed=1, schedules=4)
 

@@ -67,7 +67,7 @@ def lan(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield four, ray
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_machine_with_a_slow_link_is_named_and_a_healthy_cluster_accused_of_nothing(
     sandbox: Sandbox, lan: tuple[list[Machine], RayCluster]
 ) -> None:

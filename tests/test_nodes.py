@@ -200,7 +200,7 @@ def test_a_spare_takes_the_place_of_a_lost_node(
     assert re.search(r"It cost: \d+ steps done again from step 20 on, \d+\.\d s", text), text
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_machine_that_was_cut_off_does_no_harm_when_it_is_back(
     box: Sandbox, reference: RunFolder, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

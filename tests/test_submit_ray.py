@@ -44,7 +44,7 @@ print("sent:", sorted(path.name for path in pathlib.Path().rglob("*.*")), os.env
 """
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.skipif(importlib.util.find_spec("aiohttp_cors") is None, reason="needs ray[default], for the dashboard")
 def test_jobs_of_the_jobs_api_bring_their_code_and_are_followed_and_stopped(
     sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory

@@ -52,7 +52,7 @@ def at_gate(box: Sandbox, job: str) -> None:
     wait_for(there, what="ranks at the gate", timeout=120)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_signal_of_the_time_limit_saves_requeues_and_goes_on_to_the_same_weights(
     box: Sandbox, cluster: SlurmCluster, reference: RunFolder
 ) -> None:
@@ -84,7 +84,7 @@ def test_the_signal_of_the_time_limit_saves_requeues_and_goes_on_to_the_same_wei
     assert f"slurm-{job}" in listed.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_submitted_job_is_stopped_from_outside_and_a_waiting_one_cancelled(
     box: Sandbox, cluster: SlurmCluster
 ) -> None:

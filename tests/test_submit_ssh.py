@@ -26,7 +26,7 @@ def hosts() -> Iterator[SshHosts]:
         yield up
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_job_over_ssh_ends_with_the_same_weights_and_ctrl_c_ends_it_all(
     sandbox: Sandbox, hosts: SshHosts, reference: RunFolder
 ) -> None:
