@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("default")
 
-# A shell has what it starts in the background ignore these, and every process inherits that.
+# A shell has what it starts in the background ignore the first two, nohup the third, and every process inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
