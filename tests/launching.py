@@ -104,7 +104,7 @@ class Sandbox:
 
         return [pid for pid in self.processes() if comm(pid) == name]
 
-    def leftovers(self, timeout: float = 10.0) -> list[str]:
+    def leftovers(self, timeout: float = 30.0) -> list[str]:
         """What is still there: processes, temporary files, shared memory; processes get ``timeout`` seconds to go."""
         deadline = time.monotonic() + timeout
         while self.processes() and time.monotonic() < deadline:

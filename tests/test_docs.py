@@ -99,7 +99,7 @@ def test_commands_can_be_typed(line: str, folder: Path) -> None:
         run = RunDir.create(Path("runs"), "digits", Job().model_dump(mode="json"))
         run.update(state="finished")
         run.close()
-    if words[0] in ("doctor", "chaos"):  # they want a cluster: only their options are looked at
+    if words[0] in ("doctor", "chaos", "plan"):  # they want a cluster, or minutes: only their options are looked at
         words.append("--help")
     if words[0] != "launch":
         done = subprocess.run([BIN / "dltrain", *words], capture_output=True, text=True, timeout=60, check=False)
@@ -122,6 +122,7 @@ def test_there_are_commands() -> None:
         "stop",
         "doctor",
         "chaos",
+        "plan",
         "submit",
         "cluster",
         "runs",

@@ -17,6 +17,7 @@ from dltrain.core.storage import Storage
 from dltrain.core.wire import Channel, Message
 from dltrain.training.context import from_environment
 from dltrain.training.loop import Trainer
+from dltrain.training.memory import Memory
 from dltrain.training.persistence import Persister
 from dltrain.training.reporter import ChannelReporter
 
@@ -37,12 +38,14 @@ def train(folder: Path, *restore: Path, init_from: str = "", **changes: dict[str
     storage = Storage(str(folder))
     state = torch.get_rng_state()
     try:
+        ctx = from_environment({})
         trainer = Trainer(
             job,
-            ctx=from_environment({}),
+            ctx=ctx,
             device=torch.device("cpu"),
             storage=storage,
             persister=persister,
+            memory=Memory(job, ctx, hold=None),
             reporter=reporter,
             pulse=Pulse.create(),
         )
