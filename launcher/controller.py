@@ -153,7 +153,8 @@ class Controller:
         world, step = len(nodes) * self._nproc, self._metrics.last_step
         generation = Generation(number, world, self._nproc, step=step, point=origin.point)
         limit = self._recovery.stall if self._program.kind == "worker" else "never"
-        self._intake.begin(generation.world, StallWatch(limit, self._recovery.stall_at_start))
+        watched = StallWatch(limit, self._recovery.stall_at_start, before=self._intake.watched)
+        self._intake.begin(generation.world, watched)
         self._view.phase("starting ranks")
         embedded = len({node.ray_node for node in nodes}) == 1
         address = self._master_addr or ("127.0.0.1" if embedded else nodes[0].address)
@@ -261,8 +262,8 @@ class Controller:
         begun = len(generation.started) == generation.world
         if steady and begun and better > now and self._program.kind == "worker":
             generation.regrouping = True
-            self._view.note(f"there are {better} nodes now instead of {now}: saving a checkpoint to go on with all")
             self._ask(generation, "tell", {"t": "stop"}, waiting_for="passing on the stop")
+            self._view.note(f"there are {better} nodes now instead of {now}: saving a checkpoint to go on with all")
 
     def _ask_to_stop(self, generation: Generation) -> None:
         grace = self._recovery.stop_grace

@@ -58,9 +58,14 @@ class _Seen:
     first_step: int = -1
     still: float = 0.0
     longest: dict[str, float] = field(default_factory=dict[str, float])
-    """By phase between steps, the longest time that it stood still there and then went on."""
+    """By phase, the longest time that it stood still there and then went on; in its first steps, and between steps."""
     passed: set[str] = field(default_factory=set[str])
     """Phases between steps that it has come through."""
+
+    @property
+    def warm(self) -> bool:
+        """Whether it is past the steps that may compile and allocate."""
+        return 0 <= self.first_step <= self.beat.step - _WARM
 
 
 class StallWatch:
@@ -69,19 +74,24 @@ class StallWatch:
     Only time is counted in which the beats were looked at, so a machine that was suspended, or a controller that got no
     core, makes no stall. ``limit`` holds from the third step of a start on, since the first may compile. Evaluation,
     checkpoints and snapshots have it once a rank has come through the first: or three times the longest, if that is
-    more. Before, it is ``at_start``.
+    more. Before, it is ``at_start``, or what follows from how long an earlier generation took there.
 
     Args:
         limit: seconds, "auto" or "never".
         at_start: seconds.
+        before: what watched the generation before this one.
     """
 
-    def __init__(self, limit: float | Literal["auto", "never"], at_start: float = math.inf) -> None:
+    def __init__(
+        self, limit: float | Literal["auto", "never"], at_start: float = math.inf, *, before: StallWatch | None = None
+    ) -> None:
         self._limit: float | Literal["auto"] = math.inf if limit == "never" else limit
         self._at_start = math.inf if limit == "never" else at_start
         self._stopped: set[int] = set()
         self._told: dict[int, tuple[Place, float]] = {}
-        self._steps: deque[float] = deque(maxlen=200)
+        self._steps: deque[float] = deque(before._steps if before else (), maxlen=200)
+        self._known: dict[str, float] = dict(before._learnt) if before else {}
+        self._learnt = dict(self._known)
         self._ranks: dict[int, _Seen] = {}
 
     def row(self, row: RunRow) -> None:
@@ -99,15 +109,23 @@ class StallWatch:
                 seen = self._ranks[beat.rank] = _Seen(node, beat, now)
             before = seen.beat
             moved = (beat.step, beat.phase) != (before.step, before.phase) or beat.age < before.age
-            if moved and before.phase in _BETWEEN:
-                seen.longest[before.phase] = max(seen.longest.get(before.phase, 0.0), before.age)
-                seen.passed |= {before.phase} - {beat.phase}
             if moved:
                 self._stopped.discard(beat.rank)
+                self._learn_pace(seen, beat)
             seen.still = 0.0 if moved else seen.still + min(now - seen.at, _GLANCE)
             if seen.first_step < 0:
                 seen.first_step = beat.step
             seen.beat, seen.at = beat, now
+
+    def _learn_pace(self, seen: _Seen, beat: RankBeat) -> None:
+        """A rank has gone on to ``beat``: what it took, for later and for the next generation's first times."""
+        phase, took = seen.beat.phase, seen.longest
+        if phase in _BETWEEN or not seen.warm:
+            took[phase] = max(took.get(phase, 0.0), seen.beat.age)
+        if phase in _BETWEEN and phase != beat.phase:
+            seen.passed.add(phase)
+        for known in (*seen.passed, *(_STEP if seen.warm else ())):
+            self._learnt[known] = max(self._learnt.get(known, 0.0), took.get(known, 0.0))
 
     def places(self) -> list[Place]:
         """Where the living ranks are."""
@@ -153,26 +171,35 @@ class StallWatch:
     def _limit_of(self, seen: _Seen) -> float:
         if seen.beat.phase == "user":
             return math.inf
-        warm = 0 <= seen.first_step <= seen.beat.step - _WARM
-        if not warm or seen.beat.phase not in (*_STEP, *seen.passed):
+        longest = self._longest(seen)
+        if longest is None:
             return self._at_start
-        slow = _TIMES_STEP * max(self._steps, default=0.0)
         if self._limit != "auto":
             limit = self._limit
         elif self._stopped:
-            return max(_STOPPED, self._notice_of(seen))
+            limit = max(_STOPPED, self._notice_of(seen))
         else:
-            limit = max(_FLOOR, slow)
-        return limit if seen.beat.phase in _STEP else max(limit, _TIMES_LONGEST * seen.longest[seen.beat.phase])
+            limit = max(_FLOOR, _TIMES_STEP * max(self._steps, default=0.0))
+        limit = max(limit, _TIMES_LONGEST * longest)
+        return limit if seen.warm else min(limit, self._at_start)
 
     def _notice_of(self, seen: _Seen) -> float:
         if seen.beat.phase == "user":
             return math.inf
-        warm = 0 <= seen.first_step <= seen.beat.step - _WARM
-        if not warm or seen.beat.phase not in (*_STEP, *seen.passed):
+        longest = self._longest(seen)
+        if longest is None:
             return _NOTICE_AT_START
         slow = sorted(self._steps)[math.ceil(0.99 * len(self._steps)) - 1] if self._steps else 0.0
-        return max(_NOTICE, _NOTICE_TIMES * max(slow, seen.longest.get(seen.beat.phase, 0.0)))
+        return max(_NOTICE, _NOTICE_TIMES * max(slow, longest))
+
+    def _longest(self, seen: _Seen) -> float | None:
+        """The longest time that ranks stood where it is, over what other steps tell; None where that is not known."""
+        phase = seen.beat.phase
+        if seen.warm and phase in _STEP:
+            return 0.0
+        if seen.warm and phase in seen.passed:
+            return seen.longest[phase]
+        return self._known.get(phase) if seen.beat.step >= 0 else None
 
 
 def stalled(places: Iterable[Place]) -> list[Place]:

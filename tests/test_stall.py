@@ -19,7 +19,7 @@ from dltrain.launcher.stacks import Look, Sheet, look_at
 from dltrain.launcher.stall import Place, StallWatch, stalled, tell_stall
 from launching import Sandbox, wait_for
 from runs import RunFolder
-from stage import JOB, LAUNCH, WAIT_AT, assert_same_run, gate, put_recipe, run_of, wait_at_gate
+from stage import JOB, LAUNCH, assert_same_run, gate, put_recipe, run_of, wait_at_gate
 
 HERE = Place(rank=0, node=0, step=25, phase="forward", still=9.0, limit=5.0)
 AHEAD = replace(HERE, rank=1, node=1, phase="backward", still=8.0)
@@ -106,6 +106,25 @@ def test_limits_hold_once_a_rank_is_warm_and_grow_with_its_steps() -> None:
     assert limits(tight) == [3 * 7.0]
     tight.take(0, [], 7.0)
     assert tight.places() == []  # it has ended
+
+
+def test_a_later_start_has_limits_from_its_first_step_on() -> None:
+    first = StallWatch(4.0, 60.0)
+    for step, age in ((0, 0.0), (0, 3.0), (1, 0.0)):  # the first step compiles
+        first.take(0, beats(step, "forward", age), step + age)
+    half = StallWatch(4.0, 60.0, before=first)
+    half.take(0, beats(0, "forward"), 0.0)
+    assert limits(half) == [60.0]  # it was not seen to get through the second step
+    for phase in ("data", "evaluate", "data"):
+        first.take(0, beats(2, phase), 5.0)
+    later = StallWatch(4.0, 60.0, before=first)
+    for phase, limit in (("setup", 60.0), ("data", 4.0), ("forward", 3 * 3.0), ("evaluate", 4.0), ("checkpoint", 60.0)):
+        later.take(0, beats(-1 if phase == "setup" else 7, phase), 0.0)
+        assert limits(later) == [limit]
+    third = StallWatch(4.0, 60.0, before=later)  # the second failed at once, and what is known is still known
+    third.take(0, beats(7, "forward"), 0.0)
+    assert limits(third) == [9.0]
+    assert limits(StallWatch("never", 60.0, before=later)) == []
 
 
 def standing(watch: StallWatch, phase: str, seconds: int) -> None:
@@ -303,9 +322,9 @@ def test_a_source_that_sticks_is_named_with_the_stack_of_its_thread(box: Sandbox
 
 @pytest.mark.slow
 def test_a_rank_that_stalls_at_the_same_step_twice_is_not_tried_a_third_time(box: Sandbox) -> None:
-    stall = ("recovery.stall=2s", "recovery.snapshot=never")  # the first two steps of a start have another limit
+    stall = ("recovery.stall=2s", "recovery.snapshot=1")  # it comes to step 25 again in the first step of its start
     done = box.run(*LAUNCH, *JOB, *stall, "model.sleep_at=25", "model.rank=0", "--max-restarts", "5")
     assert done.returncode == 1
     assert "the same as before, so another try would end alike" in done.stderr
     assert len(list((run_of(box).path / "failures").glob("*.txt"))) == 2
-    assert WAIT_AT in run_of(box).checkpoints()
+    assert "from step 25, in the memory of 2 ranks" in done.stdout
