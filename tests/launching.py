@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import select
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,19 @@ def wait_for(condition: Callable[[], object], *, what: str, timeout: float = 60.
             raise AssertionError(f"waited {timeout:g} s for {what}")
         time.sleep(0.05)
     return value
+
+
+def said(process: subprocess.Popen[str], text: str, *, timeout: float = 60.0) -> str:
+    """Wait until ``process`` has printed ``text``; all that it has printed, which ``communicate`` then leaves out."""
+    assert process.stdout is not None
+    out, deadline = b"", time.monotonic() + timeout
+    while text.encode() not in out:
+        ready, _, _ = select.select([process.stdout], [], [], max(deadline - time.monotonic(), 0))
+        more = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
+        if not more:
+            raise AssertionError(f"{text!r} was not said within {timeout:g} s, but: {out.decode(errors='replace')}")
+        out += more
+    return out.decode()
 
 
 @dataclass
