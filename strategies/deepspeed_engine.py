@@ -186,10 +186,12 @@ class ZeroEngine(Engine):
         for part in self._parts.values():
             part.state.make_slots()
             part.state.release()
-        fill(dict(self._pieces()))
-        for part in self._parts.values():
-            part.state.load_optimizers_copy()
-        self._publish()
+        try:
+            fill(dict(self._pieces()))
+        finally:  # a piece may be damaged on one rank alone: the others wait for it in what is collective
+            for part in self._parts.values():
+                part.state.load_optimizers_copy()
+            self._publish()
 
     def _pieces(self) -> Iterator[tuple[str, Shard | Run]]:
         for name, part in self._parts.items():

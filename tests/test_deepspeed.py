@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from math import prod
 from pathlib import Path
 
 import plain_cnn
@@ -155,6 +157,20 @@ def test_every_rank_writes_its_own_part_of_the_state(tmp_path: Path) -> None:
     shards = sorted(file.stat().st_size for file in run.path.glob("checkpoints/*/shard-*"))
     assert len(shards) == 2
     assert shards[0] > 0.8 * shards[1]
+
+
+def test_a_piece_that_is_damaged_for_one_rank_alone_has_all_go_back_to_the_checkpoint_before(tmp_path: Path) -> None:
+    job = (*plain_cnn.JOB, "parallel.strategy=zero3", "checkpoint.every=2", "train.schedule.name=constant")
+    storage = Storage(str(train_ranks(tmp_path, 2, *job, "train.steps=4").path / "checkpoints"))
+    pieces = [piece for tensor in open_manifest(storage, 4).tensors.values() for piece in tensor.pieces]
+    piece = max((p for p in pieces if p.file.startswith("shard-00001-")), key=lambda p: prod(p.shape))
+    with (Path(str(storage)) / "step-00000004" / piece.file).open("r+b") as file:
+        file.seek(piece.begin)
+        file.write(bytes(8))
+    train_ranks(tmp_path, 2, *job, "train.steps=5", timeout=60)
+    log = (tmp_path / "rank0.log").read_text()
+    assert re.search(r"note: text=checkpoint of step 4 is not usable: rank 1: .* do not match", log), log
+    assert re.search(r"step 3 ", log), log
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=slow), "zero3"])

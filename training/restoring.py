@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from ..checkpoint.image import Images
 from ..checkpoint.manifest import CorruptCheckpoint, Manifest
@@ -19,6 +20,8 @@ from .context import Context
 from .filling import AFRESH, Filler, fill_all, fill_from_memory, fill_weights
 from .reporter import Reporter
 from .together import gathered
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,21 +96,26 @@ class Restorer:
 
     def _load_newest(self, storage: Storage, fill: Filler, *, where: str) -> Manifest | None:
         """Load the newest checkpoint that is whole with ``fill``; None where there is none at all."""
-        newest: str | None = None
+        newest = ""
         for step in gathered([entry.step for entry in catalogue(storage)] if self._rank == 0 else [], self._world)[0]:
-            failure: str | None = None
-            manifest: Manifest | None = None
-            try:
-                manifest = open_manifest(storage, step)
-                self._engine.load(partial(fill, storage, manifest))
-            except (CorruptCheckpoint, OSError) as error:
-                failure = f"rank {self._rank}: {error}"
-            failures = [item for item in gathered(failure, self._world) if item is not None]
-            if not failures:
+            manifest, failure = self._together(partial(open_manifest, storage, step))
+            if manifest is not None:  # on every rank: loading is collective
+                _, failure = self._together(partial(self._engine.load, partial(fill, storage, manifest)))
+            if not failure:
                 return manifest
             if self._rank == 0:
-                self._reporter.send("note", text=f"checkpoint of step {step} is not usable: {failures[0]}")
-            newest = newest or failures[0]
-        if newest is not None:
+                self._reporter.send("note", text=f"checkpoint of step {step} is not usable: {failure}")
+            newest = newest or failure
+        if newest:
             raise JobError(Problem(f"no checkpoint in {storage} is usable: {newest}", where, AFRESH))
         return None
+
+    def _together(self, call: Callable[[], T]) -> tuple[T | None, str]:
+        """What ``call`` returns where it succeeds on every rank; else nothing, and the first rank's reason."""
+        found, failure = None, ""
+        try:
+            found = call()
+        except (CorruptCheckpoint, OSError) as error:
+            failure = f"rank {self._rank}: {error}"
+        first = next((why for why in gathered(failure, self._world) if why), "")
+        return (None, first) if first else (found, "")
