@@ -14,6 +14,7 @@ from ..core.contracts import Engine, Layout, Recipe
 from ..core.errors import JobError, Problem, did_you_mean
 from ..core.job import Job
 from ..core.parallel import Parallel, microbatches_per_step
+from .buffers import Buffers
 from .ddp import Ddp
 from .dealing import Dealer
 from .ema import Ema, trainable
@@ -136,6 +137,7 @@ def _torch(
         ema=ema,
         scaled=job.train.precision == "fp16",
         statistics=Statistics(modules.values(), ranks=world) if job.numerics == "reproducible" else None,
+        buffers=Buffers.at_stake(job, modules.values()),
     )
 
 
@@ -171,9 +173,17 @@ def _pipeline(
     order = schedule(parallel, stages, count // passes.ranks)
     parked = _offloads(parallel, device) and passes.ranks > 1
     zero = torch.zeros((), device="cpu" if parked else device)
-    scaled = train.precision == "fp16"
     return PipelineEngine(
-        passes, held, stages, order, peers, zero=zero, clip_norm=train.clip_norm, ema=ema, scaled=scaled
+        passes,
+        held,
+        stages,
+        order,
+        peers,
+        zero=zero,
+        clip_norm=train.clip_norm,
+        ema=ema,
+        scaled=train.precision == "fp16",
+        buffers=Buffers.at_stake(job, [module]),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.contracts import Batch, Engine, Fill, Run, Scaling, Shard, ShardedState, StepResult
 from ..core.job import Job
 from ..core.zero import settings
+from .buffers import Buffers
 from .dealing import Dealer
 from .deepspeed_state import ZeroState
 from .ema import Ema
@@ -75,6 +76,7 @@ class ZeroEngine(Engine):
         self.parts = tuple(modules)
         self._passes = passes
         self._clips = job.train.clip_norm is not None
+        self._buffers = Buffers.at_stake(job, modules.values())
         self._parts: dict[str, _Part] = {}
         for name, module in modules.items():
             spec = job.train.optimizer_of(name)
@@ -104,6 +106,7 @@ class ZeroEngine(Engine):
             part.set_rate(rate)
             if part.scale is not None:
                 part.state.scale_losses(part.scale.factor)
+            kept = self._buffers.keep()
             with others_frozen(self._modules(), name):
                 shares = self._accumulate(name, microbatches)
             losses[name] = sum_up(shares)
@@ -113,7 +116,9 @@ class ZeroEngine(Engine):
                 scaling[name] = part.scale.settle(part.state.overflowed)
             elif part.state.overflowed:
                 nonfinite[name] = not_finite(shares)
-            if self._clips and not part.state.overflowed:
+            if part.state.overflowed:
+                self._buffers.put_back(kept)
+            elif self._clips:
                 norms[name] = torch.as_tensor(part.engine.get_global_grad_norm(), dtype=torch.float32)
         result = StepResult(losses, norms, scaling, nonfinite)
         if self._ema is not None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.contracts import Batch, Engine, Fill, Scaling, Shard, ShardedState, StepResult
+from .buffers import Buffers
 from .ema import Ema
 from .finite import all_finite, not_finite
 from .passes import Passes, sum_up
@@ -59,6 +60,7 @@ class PipelineEngine(Engine):
     Args:
         zero: a float32 scalar on the device of the optimizer's weights.
         scaled: whether losses are scaled, as float16 needs.
+        buffers: of this rank's stages, that stay as they were where a step is skipped.
     """
 
     def __init__(
@@ -73,12 +75,13 @@ class PipelineEngine(Engine):
         clip_norm: float | None,
         ema: Ema | None,
         scaled: bool = False,
+        buffers: Buffers,
     ) -> None:
         self.parts = (held.name,)
         self._passes, self._held, self._stages, self._schedule, self._peers = passes, held, stages, schedule, peers
         self._groups = [(group, group["lr"]) for opt in held.optimizers for group in opt.param_groups]
         self._clip_norm, self._zero = clip_norm, zero
-        self._ema = ema
+        self._ema, self._buffers = ema, buffers
         self._scale = LossScale(held.name) if scaled else None
         self._rank = dist.get_rank(peers.pipeline)
         self._shared = {name: weight for name, weight in sorted(held.weights.items()) if len(held.holders[name]) > 1}
@@ -97,6 +100,7 @@ class PipelineEngine(Engine):
         if step % held.every == 0:
             for weight in held.weights.values():
                 weight.clear()
+            kept = self._buffers.keep()
             losses[held.name] = self._through(microbatches)
             self._passes.mark("optimizer")
             for weight in held.weights.values():
@@ -105,11 +109,13 @@ class PipelineEngine(Engine):
             if self._scale is not None:
                 pieces = [weight.piece for weight in held.weights.values()]
                 scaling[held.name] = self._scale.unscale(pieces, world=dist.get_world_size(), device=self._zero.device)
-            if not any(found.overflowed for found in scaling.values()):
-                if self._clip(norms):
-                    for optimizer in held.optimizers:
-                        optimizer.step()
-                else:
+            overflowed = any(found.overflowed for found in scaling.values())
+            if not overflowed and self._clip(norms):
+                for optimizer in held.optimizers:
+                    optimizer.step()
+            else:
+                self._buffers.put_back(kept)
+                if not overflowed:
                     nonfinite[held.name] = not_finite(self._stages[-1].losses)
         result = StepResult(losses, norms, scaling, nonfinite)
         if self._ema is not None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.contracts import Batch, Engine, Fill, Scaling, Shard, ShardedState, StepResult
+from .buffers import Buffers
 from .ema import Ema
 from .finite import all_finite, beginning, not_finite
 from .passes import Passes, others_frozen, sum_up
@@ -44,6 +45,7 @@ class TorchEngine(Engine):
         world: number of ranks.
         scaled: whether losses are scaled, as float16 needs.
         statistics: of the parts' buffers, where they are combined over microbatches; else each rank has its own.
+        buffers: of all parts, that stay as they were where a step is skipped.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class TorchEngine(Engine):
         ema: Ema | None,
         scaled: bool = False,
         statistics: Statistics | None = None,
+        buffers: Buffers,
     ) -> None:
         self.parts = tuple(parts)
         self._passes = passes
@@ -69,6 +72,7 @@ class TorchEngine(Engine):
         self._scales = {name: LossScale(name) for name in parts} if scaled else {}
         self._apart = {name: any(weight.groups() for weight in part.weights) for name, part in parts.items()}
         self._statistics = statistics
+        self._buffers = buffers
 
     def step(self, microbatches: Sequence[Batch], rate: float) -> StepResult:
         step = microbatches[0].step
@@ -83,6 +87,7 @@ class TorchEngine(Engine):
                 continue
             for weight in part.weights:
                 weight.clear()
+            kept = self._buffers.keep()
             with others_frozen(self._modules(), name):
                 shares = self._accumulate(name, microbatches)
             losses[name] = sum_up(shares)
@@ -93,9 +98,11 @@ class TorchEngine(Engine):
                 pieces = [weight.piece for weight in part.weights]
                 scaling[name] = scale.unscale(pieces, world=self._world, device=pieces[0].device)
                 if scaling[name].overflowed:
+                    self._buffers.put_back(kept)
                     continue
             if not self._clip(name, norms):
                 nonfinite[name] = not_finite(shares)
+                self._buffers.put_back(kept)
                 continue
             for optimizer in part.optimizers:
                 optimizer.step()

@@ -43,14 +43,15 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     [
         pytest.param(1, (), marks=slow),
         (2, ("train.clip_norm=0.5", "train.ema=0.9")),
-        (2, ()),
+        (2, ("model.dark=true", "model.norm=batch")),
         pytest.param(2, ("model.deep=true",), marks=slow),
         (2, ("parallel.strategy=fsdp",)),
         pytest.param(2, ("parallel.tensor=2",), marks=slow),
         (2, ("parallel.pipeline=2",)),
         pytest.param(2, ("parallel.pipeline=2", "train.clip_norm=0.5"), marks=slow),
+        pytest.param(2, ("parallel.pipeline=2", "model.dark=true", "model.norm=batch"), marks=slow),
         pytest.param(2, ("parallel.strategy=zero1",), marks=slow),
-        (2, ("parallel.strategy=zero3",)),
+        (2, ("parallel.strategy=zero3", "model.dark=true", "model.norm=batch")),
     ],
 )
 def test_a_step_that_is_skipped_changes_nothing_on_any_rank_and_is_told_once(
