@@ -211,6 +211,14 @@ def test_automatic_snapshots_cost_a_hundredth_of_the_step_time(cost: float, ever
     assert len(taken) > 3
 
 
+def test_snapshots_that_came_to_nothing_do_not_make_them_look_cheap() -> None:
+    pace = Pace("auto", start=0)
+    pace.stepped(0.1)
+    for done in range(1, 10):
+        pace.taken(done, 0.01 if done < 6 else None)
+    assert pace.wanted == 10
+
+
 # ---- a killed rank
 
 

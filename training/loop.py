@@ -89,17 +89,7 @@ class Trainer:
         self._source = open_source(job.data)
         self._parts = split_source(self._source, job.data.split)
         train = job.train
-        self._plan = StepPlan(
-            n=len(self._parts["train"]),
-            seed=job.seed,
-            global_batch=train.global_batch,
-            microbatches=microbatches_per_step(
-                train.microbatches, global_batch=train.global_batch, world=world, parallel=job.parallel
-            ),
-            epochs=train.epochs,
-            steps=train.steps,
-            last_step=train.last_step,
-        )
+        self._plan = _step_plan(job, len(self._parts["train"]), world)
         self._meter = Meter(self._plan, pulse)
         self._guard = Guard(job, self._plan, self._source, self._parts["train"], ctx=ctx, reporter=reporter)
         self._normalizer: Normalizer | None = None
@@ -336,8 +326,8 @@ class Trainer:
         self._pulse.mark("snapshot")
         begin = time.monotonic()
         self._engine.share_buffers()
-        self._snapshots.remember(self._engine, self._position(done, self._plan.total_steps), self._tracking)
-        self._pace.taken(done, time.monotonic() - begin)
+        counts = self._snapshots.remember(self._engine, self._position(done, self._plan.total_steps), self._tracking)
+        self._pace.taken(done, time.monotonic() - begin if counts else None)
 
     def _position(self, done: int, end: int) -> Position:
         extra: dict[str, Any] = {"course": self._course.state(), EVALUATED: finite(self._evaluated)}
@@ -352,6 +342,22 @@ class Trainer:
         torch.default_generator.manual_seed(key)
         if self._device.type == "cuda":
             torch.cuda.default_generators[self._device.index].manual_seed(key)
+
+
+def _step_plan(job: Job, samples: int, world: int) -> StepPlan:
+    """Which of the training part's ``samples`` each step of ``job`` takes on ``world`` ranks."""
+    train = job.train
+    return StepPlan(
+        n=samples,
+        seed=job.seed,
+        global_batch=train.global_batch,
+        microbatches=microbatches_per_step(
+            train.microbatches, global_batch=train.global_batch, world=world, parallel=job.parallel
+        ),
+        epochs=train.epochs,
+        steps=train.steps,
+        last_step=train.last_step,
+    )
 
 
 def _saved_normalizer(manifest: Manifest) -> Normalizer:

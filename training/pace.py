@@ -39,12 +39,12 @@ class Pace:
         """A step took this long."""
         self._step += (seconds - self._step) * (_WEIGHT if self._step else 1.0)
 
-    def taken(self, done: int, seconds: float) -> None:
-        """One was taken after ``done`` steps, and training waited this long for it."""
+    def taken(self, done: int, seconds: float | None) -> None:
+        """One was taken after ``done`` steps, and training waited this long for it; None where this rank took none."""
         if self._next is None:
             return
         self._taken += 1
-        if self._taken >= _WARM:
+        if self._taken >= _WARM and seconds is not None:
             self._costs.append(seconds)
         self._last = done
         self._next = done + (1 if self._auto and self._taken < _WARM else self._every or _WHILE_UNKNOWN)
