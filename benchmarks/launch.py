@@ -94,7 +94,7 @@ def torchrun(ranks: int) -> Callable[[Path], list[str]]:
 
 
 def ray_train(ranks: int) -> Callable[[Path], list[str]]:
-    return lambda out: [sys.executable, str(HERE / "peers/ray_train.py"), str(out), str(ranks)]
+    return lambda out: [sys.executable, str(HERE / "peers/ray_train.py"), "first_step", str(out), str(ranks), "0"]
 
 
 def dltrain(ranks: int, *options: str) -> Callable[[Path], list[str]]:

@@ -84,7 +84,7 @@ def torchrun_plain(out: Path, ranks: int) -> list[str]:
 
 
 def ray_train(out: Path, ranks: int) -> list[str]:
-    return [sys.executable, str(PEERS / "ray_recovery.py"), str(out), str(ranks)]
+    return [sys.executable, str(PEERS / "ray_train.py"), "recovery_loop", str(out), str(ranks), "-1"]
 
 
 CONTENDERS: dict[str, Command] = {
