@@ -157,6 +157,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not broken
 
 
+def test_the_readme_leads_to_every_page() -> None:
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f"(docs/{page.name}" not in README] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_of_the_code_that_a_page_names_are_there(page: Path) -> None:
+    named = re.findall(r"`([a-z]+(?:/[a-z_]+)*/[a-z_]+\.py)`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 def anchors(page: Path) -> set[str]:
     """The names of a page's headings, as links write them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
