@@ -48,7 +48,7 @@ def test_a_job_over_ssh_ends_with_the_same_weights_and_ctrl_c_ends_it_all(
     job = out.partition("digits/ssh-")[2].split()[0]
     stopped = sandbox.run("status", f"digits/ssh-{job}", **environ)
     assert stopped.returncode == 3, stopped.stdout + stopped.stderr
-    assert f"ssh {job}, stopped (exit code 130)" in stopped.stdout
+    assert f"ssh {job}, stopped (exit code 143)" in stopped.stdout
     wait_for(lambda: not hosts.processes(), what="the end of all on the hosts", timeout=30)
 
     done = sandbox.run(*SUBMIT, "--wait", **environ)
@@ -60,6 +60,31 @@ def test_a_job_over_ssh_ends_with_the_same_weights_and_ctrl_c_ends_it_all(
     assert SECRET not in written
     listed = sandbox.run("runs", **environ)
     assert [line.split()[:3] for line in listed.stdout.splitlines()[1:]] == [["digits/0001", "finished", "60"]]
+
+
+SSH = """\
+#!/bin/bash
+# stands for ssh: a shell of this machine, on which Ray never comes up
+[[ $1 != -G ]] || { echo "hostname 127.0.0.1"; exit; }
+ray() { sleep 600; }
+export -f ray
+exec bash -s
+"""
+
+
+def test_a_job_whose_machines_have_not_come_up_is_stopped_at_once(sandbox: Sandbox) -> None:
+    ssh = sandbox.folder / "bin/ssh"
+    ssh.parent.mkdir()
+    ssh.write_text(SSH, encoding="utf-8")
+    ssh.chmod(0o755)
+    (sandbox.folder / "hostfile").write_text("m0 slots=1\n", encoding="utf-8")
+    environ = {"PATH": f"{ssh.parent}:{os.environ['PATH']}"}
+    submitted = sandbox.run("submit", "--cluster", "hostfile", **environ)
+    assert submitted.returncode == 0, submitted.stderr
+    wait_for(lambda: any("submit.gather" in line for line in sandbox.processes().values()), what="the wait for Ray")
+    stopped = sandbox.run("stop", timeout=60, **environ)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "stopped (exit code 143)" in stopped.stdout
 
 
 def test_a_hostfile_that_cannot_be_right_is_refused_by_line(empty_folder: Path) -> None:

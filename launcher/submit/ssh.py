@@ -6,6 +6,7 @@ import json
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,7 +119,10 @@ class Ssh(Adapter):
 
         Raises:
             JobError: there are not enough hosts or slots.
+            RunFailed: there is no ssh.
         """
+        if shutil.which("ssh") is None:
+            raise RunFailed("there is no ssh here")
         number = secrets.token_hex(3)
         plan = self._plan(submission, number)
         log = Path(f"{plan.log}.log")

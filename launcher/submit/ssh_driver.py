@@ -153,11 +153,14 @@ class _Shell:
     def code(self) -> int | None:
         return self._process.poll()
 
-    def close(self, deadline: float) -> None:
-        """Let go of it, and wait until ``deadline`` for what ran there to end."""
+    def let_go(self) -> None:
+        """Have what runs there end."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
+
+    def wait(self, deadline: float) -> None:
+        """Wait until ``deadline`` for its end, and end the connection then."""
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -174,7 +177,8 @@ class _Asked:
             signal.signal(signum, self._note)
 
     def _note(self, signum: int, _frame: FrameType | None) -> None:
-        self.names += ["INT"] if signum != signal.SIGTERM else ["TERM", "TERM"]
+        # as SIGTERM: what a shell starts in the background ignores SIGINT until it has a handler of its own
+        self.names += ["TERM"] if signum != signal.SIGTERM else ["TERM", "TERM"]
 
 
 def drive(plan: Plan, environ: Mapping[str, str]) -> int:
@@ -191,7 +195,9 @@ def drive(plan: Plan, environ: Mapping[str, str]) -> int:
         code = _watch(plan, nodes, launch, asked)
         deadline = time.monotonic() + _GRACE
         for shell in (launch, *nodes):
-            shell.close(deadline)
+            shell.let_go()
+        for shell in (launch, *nodes):
+            shell.wait(deadline)
     return code
 
 
