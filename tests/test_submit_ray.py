@@ -5,10 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from command import dltrain
+from dltrain.core.errors import RunFailed
+from dltrain.launcher.submit.handle import Handle
+from dltrain.launcher.submit.handles import write_handle
+from dltrain.launcher.submit.jobs import output_of
 from launching import BIN, Sandbox, wait_for
 from ray_clusters import free_ports, ray_head
 from runs import RunFolder
@@ -105,6 +111,56 @@ def test_jobs_of_the_jobs_api_bring_their_code_and_are_followed_and_stopped(
         assert calls[0] == f"up --yes {sandbox.folder}/own.yaml"
     written = "".join(p.read_text(errors="replace") for p in Path(sandbox.folder).rglob("*.*") if p.is_file())
     assert token["RAY_AUTH_TOKEN"] not in written
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    """A head that was started again: it knows no job."""
+
+    def do_GET(self) -> None:
+        known = self.path == "/api/version"
+        self.send_response(200 if known else 404)
+        self.end_headers()
+        self.wfile.write(b'{"version": "4", "ray_version": "2.60.0"}' if known else b"Job 7 does not exist")
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.mark.filterwarnings("ignore:ssl=None is deprecated")  # said by Ray
+def test_a_job_that_the_cluster_has_forgotten_is_said_to_be(empty_folder: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        handle = Handle("ray", "7", "digits", {"address": address})
+        write_handle(empty_folder / "runs", handle)
+        asked = dltrain("status")
+        assert (asked.code, "unknown (the cluster does not know it)" in asked.out) == (1, True), asked.err
+        for follow in (False, True):
+            with pytest.raises(RunFailed, match=f"the Ray cluster at {address} does not answer for 7: .*404"):
+                list(output_of(handle, follow=follow))
+        server.shutdown()
+
+
+TUNNEL = """\
+#!/bin/sh
+# stands for Ray's cluster launcher, whose tunnel is an ssh that it starts
+{python} -m http.server --bind 127.0.0.1 "$3" &
+wait
+"""
+
+
+def test_nothing_of_a_tunnel_stays(sandbox: Sandbox) -> None:
+    ray = sandbox.folder / "bin/ray"
+    ray.parent.mkdir()
+    ray.write_text(TUNNEL.format(python=sys.executable), encoding="utf-8")
+    ray.chmod(0o755)
+    write_handle(sandbox.folder / "runs", Handle("vms", "7", "digits", {"file": str(sandbox.folder / "own.yaml")}))
+    asked = sandbox.run("status", PATH=f"{ray.parent}:/usr/bin:/bin")
+    assert (asked.returncode, "unknown (the Ray cluster at" in asked.stdout) == (1, True), asked.stderr
+    assert not sandbox.processes()
+    missing = sandbox.run("status", PATH="/usr/bin:/bin")
+    assert (missing.returncode, "there is no 'ray' on the path" in missing.stdout) == (1, True), missing.stderr
 
 
 def test_code_that_is_too_much_is_refused_with_the_largest_files(empty_folder: Path) -> None:

@@ -8,7 +8,8 @@ import logging
 import secrets
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,7 +178,7 @@ def send(
         metadata = {"dltrain": submission.name}
         try:
             client.submit_job(entrypoint=entrypoint, submission_id=number, metadata=metadata, runtime_env=runtime)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise RunFailed(f"the Ray cluster at {address} has not taken the job: {error}") from None
 
 
@@ -187,12 +188,14 @@ def state_at(address: str, number: str) -> JobState:
     Raises:
         RunFailed: the cluster does not answer.
     """
-    try:
-        info = _client(address).get_job_info(number)
-    except RuntimeError as error:
-        if "does not exist" in str(error):
-            return JobState("unknown", "the cluster does not know it")
-        raise RunFailed(f"the Ray cluster does not say how {number} stands: {error}") from None
+    client = _client(address)
+    with _asked(address, number):
+        try:
+            info = client.get_job_info(number)
+        except RuntimeError as error:
+            if "does not exist" in str(error):
+                return JobState("unknown", "the cluster does not know it")
+            raise
     status = str(info.status.value)
     if info.driver_exit_code in _STOPPED:
         return JobState("stopped", f"{status}, exit code {info.driver_exit_code}")
@@ -204,14 +207,16 @@ def output_at(address: str, number: str, *, follow: bool) -> Iterator[bytes]:
     """What a job's driver has printed.
 
     Raises:
-        RunFailed: the cluster does not answer.
+        RunFailed: the cluster does not answer, or does not know the job.
     """
     client = _client(address)
     if not follow:
-        yield str(client.get_job_logs(number)).encode()
+        with _asked(address, number):
+            text = str(client.get_job_logs(number))
+        yield text.encode()
         return
     pieces = client.tail_job_logs(number)
-    with asyncio.Runner() as runner:
+    with _asked(address, number), asyncio.Runner() as runner:
 
         async def piece() -> bytes:
             return str(await anext(pieces, "")).encode()
@@ -228,7 +233,19 @@ def stop_at(address: str, number: str, *, now: bool) -> None:
     """
     if now:
         raise RunFailed("Ray's Jobs API has one way to stop a job: leave --now out")
-    _client(address).stop_job(number)
+    client = _client(address)
+    with _asked(address, number):
+        client.stop_job(number)
+
+
+@contextmanager
+def _asked(address: str, number: str) -> Generator[None]:
+    """Requests about a job: what the client raises becomes RunFailed."""
+    try:
+        yield
+    except Exception as error:  # Ray's, requests' and aiohttp's have no class in common
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunFailed(f"the Ray cluster at {address} does not answer for {number}: {why}") from None
 
 
 def _client(address: str) -> Any:

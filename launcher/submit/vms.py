@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
+import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -92,6 +95,7 @@ class Machines(Adapter):
         self._refuse_too_many(submission)
         code = code_of(submission.folder, without=submission.runs, limit_mb=_LIMIT_MB)
         say(f"starting machines: {shlex.join(_up(self._path))}")
+        _require_ray()
         if subprocess.run(_up(self._path), stdin=subprocess.DEVNULL, check=False).returncode:
             raise RunFailed("ray up has failed: what it said stands above")
         number = new_number()
@@ -128,6 +132,11 @@ def _dashboard(file: Path, port: str) -> list[str]:
     return ["ray", "dashboard", "--port", port, str(file)]
 
 
+def _require_ray() -> None:
+    if shutil.which("ray") is None:
+        raise RunFailed("there is no 'ray' on the path: activate the environment that has it")
+
+
 @contextlib.contextmanager
 def _tunnel(file: Path) -> Generator[str]:
     """A connection to the dashboard of the head, as the URL of its near end.
@@ -135,6 +144,7 @@ def _tunnel(file: Path) -> Generator[str]:
     Raises:
         RunFailed: there is none in time.
     """
+    _require_ray()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -153,7 +163,8 @@ def _tunnel(file: Path) -> Generator[str]:
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # ray starts an ssh, which would outlive it
         process.wait()
 
 
