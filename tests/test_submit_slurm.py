@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from command import dltrain
+from dltrain.launcher.submit.handle import Handle
+from dltrain.launcher.submit.handles import write_handle
 from launching import Sandbox, wait_for
 from runs import RunFolder
 from slurm_cluster import SlurmCluster, slurm, why_not
@@ -111,6 +113,25 @@ def test_a_submitted_job_is_stopped_from_outside_and_a_waiting_one_cancelled(
 def told_to_stop(box: Sandbox) -> bool:
     facts = json.loads((box.folder / "runs/digits/0001/status.json").read_text())
     return facts["stop_requests"] > 0
+
+
+SCONTROL = """\
+#!/bin/sh
+[ "$1" = --clusters=far ] && echo JobId=7 JobState=RUNNING ExitCode=0:0 || { echo "Invalid job id" >&2; exit 1; }
+"""
+
+
+def test_a_job_that_sbatch_gave_to_another_cluster_is_asked_for_there(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("scontrol", SCONTROL), ("sacct", "#!/bin/sh\n")):
+        command = empty_folder / "bin" / name
+        command.parent.mkdir(exist_ok=True)
+        command.write_text(text, encoding="utf-8")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{empty_folder}/bin:/usr/bin:/bin")
+    write_handle(Path("runs"), Handle("slurm", "7", "digits", {"cluster": "far"}))
+    assert dltrain("status").out == "digits/slurm-7  running (RUNNING)\n"
 
 
 def test_a_dry_run_shows_the_script_and_starts_nothing(empty_folder: Path) -> None:

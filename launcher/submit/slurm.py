@@ -148,14 +148,16 @@ class Slurm(Adapter):
         Raises:
             RunFailed: Slurm does not answer.
         """
-        done = _ask("scontrol", "show", "job", "--oneliner", handle.id)
+        where = _where(handle)
+        done = _ask("scontrol", *where, "show", "job", "--oneliner", handle.id)
         if not done.returncode:
             pairs = (word.partition("=") for word in done.stdout.split())
             fields = {name: value for name, _, value in pairs}
             return _state(fields.get("JobState", ""), fields.get("ExitCode", ""), fields.get("Reason", ""))
         if "Invalid job id" not in done.stderr:
             raise RunFailed(f"Slurm does not say how job {handle.id} stands: {done.stderr.strip()}")
-        done = _ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=State,ExitCode", "-j", handle.id)
+        columns = ("--noheader", "--allocations", "--parsable2", "--format=State,ExitCode")
+        done = _ask("sacct", *where, *columns, "-j", handle.id)
         state, _, code = done.stdout.strip().partition("|")
         return _state(state.partition(" ")[0], code, "") if state else JobState("unknown", "Slurm has forgotten it")
 
@@ -174,9 +176,15 @@ class Slurm(Adapter):
         """
         running = Slurm.state(handle).standing == "running"
         how = ("--batch", "--signal=TERM") if running and not now else ()
-        done = _ask("scancel", *how, handle.id)
+        done = _ask("scancel", *_where(handle), *how, handle.id)
         if done.returncode:
             raise RunFailed(f"scancel: {done.stderr.strip()}")
+
+
+def _where(handle: Handle) -> tuple[str, ...]:
+    """The option that names the job's cluster, where sbatch has chosen one of several."""
+    cluster = str(handle.cluster.get("cluster", ""))
+    return (f"--clusters={cluster}",) if cluster else ()
 
 
 def _state(state: str, code: str, reason: str) -> JobState:
