@@ -12,12 +12,16 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Generator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from command import dltrain
 from dltrain.core.document import Document
 from dltrain.launcher.submit.clusters import template
+from dltrain.launcher.submit.handle import Handle
+from dltrain.launcher.submit.jobs import output_of
 from dltrain.launcher.submit.schemas import RAY_JOB, faults
 from ruamel.yaml import YAML
 
@@ -85,6 +89,15 @@ def test_a_job_is_created_with_its_code_and_asked_after(folder: Path, monkeypatc
     assert f"exec pod/head-1 -- ray job stop --no-wait {name}" in calls
 
 
+def test_a_log_that_is_followed_is_let_go(folder: Path) -> None:
+    follows = "#!/bin/sh\ntrap 'touch ended; exit' TERM\necho step 1/3\nsleep 5 >&- & wait\n"
+    (folder / "bin/kubectl").write_text(follows, encoding="utf-8")
+    pieces = output_of(Handle("kuberay", "7", "net", {"name": "dltrain-7"}), follow=True)
+    assert next(pieces) == b"step 1/3\n"
+    cast("Generator[bytes]", pieces).close()
+    assert Path("ended").exists()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
@@ -93,6 +106,7 @@ def test_a_job_is_created_with_its_code_and_asked_after(folder: Path, monkeypatc
         ("image: registry.example/training:latest\n              resources", "resources", "'image' is missing"),
         ("dltrain/runs: /runs", "other: there", "the annotation 'dltrain/runs' is missing"),
         ("shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: yes", "expected a value of type boolean"),
+        ("#envFrom:", "env: [{value: x}]", "'name' is missing"),
         ("ray.io/v1", "ray.io/v2", "'ray.io/v1' was expected"),
         ("  #activeDeadlineSeconds: 86400", "  entrypoint: python x.py", "this is not the file's to say"),
     ],

@@ -197,7 +197,11 @@ class KubeRay(Adapter):
         _require_kubectl()
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
-            yield from process.stdout
+            try:
+                yield from process.stdout
+            except BaseException:  # nobody wants to read on
+                process.terminate()
+                raise
         if process.returncode:
             raise RunFailed(f"kubectl logs ended with {process.returncode}")
 

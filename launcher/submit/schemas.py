@@ -31,7 +31,7 @@ _POD = {
                         "properties": {
                             "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63},
                             "image": {"type": "string", "minLength": 1},
-                            "env": {"type": "array"},
+                            "env": {"type": "array", "items": {"type": "object", "required": ["name"]}},
                             "resources": {"type": "object"},
                             "volumeMounts": {"type": "array"},
                         },
