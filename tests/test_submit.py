@@ -87,6 +87,7 @@ def test_the_example_files_are_right(kind: str, empty_folder: Path, monkeypatch:
     [
         ("cluster_name: a\nprovider: {type: aws}\nmax_worker: 2\n", "c.yaml:3: max_worker: unknown key 'max_worker'"),
         ("cluster_name: a\nprovider: {}\n", "c.yaml:2: provider: 'type' is missing"),
+        ("kind: [slurm]\n", "c.yaml:1: kind: no kind of cluster is called '['slurm']'"),
         ("kind: slrum\n", "c.yaml:1: kind: no kind of cluster is called 'slrum'\n      did you mean 'slurm'?"),
         ("sbatch: {}\n", "c.yaml: 'kind' is missing"),
         ("- slurm\n", "expected keys like 'kind: slurm'"),
@@ -115,6 +116,7 @@ def test_a_cluster_file_that_cannot_be_right_is_refused_by_line(text: str, says:
         ("--cluster hosts train.epoch=3", "unknown key 'epoch'"),
         ("--cluster hosts --nods 2", "did you mean --nodes?"),
         ("--cluster hosts none.py", "'none.py'"),
+        ("--cluster hosts --run-dir hosts/below", "hosts is no folder"),
     ],
 )
 def test_a_wrong_submission_is_refused_before_anything_starts(line: str, says: str, empty_folder: Path) -> None:

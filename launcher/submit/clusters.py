@@ -97,7 +97,7 @@ def _class_of(document: Document, path: Path) -> type[Adapter]:
     value: dict[str, Any] = document.value
     if "kind" in value:
         kind = value["kind"]
-        if kind in _STATED:
+        if isinstance(kind, str) and kind in _STATED:
             return _STATED[kind]
         where = f"{path}:{document.lines[('kind',)]}: kind"
         raise JobError(Problem(f"no kind of cluster is called '{kind}'", where, did_you_mean(str(kind), _STATED)))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from ...core.errors import JobError, Problem, RunFailed, did_you_mean
+from ..rundir import check_parent
 from .adapter import OVER, Adapter, JobState
 from .clusters import KINDS
 from .handle import Handle
@@ -20,12 +21,17 @@ def submit(adapter: Adapter, submission: Submission, say: Callable[[str], None])
     """Hand a job over and write its handle; returns while it runs, or waits.
 
     Raises:
-        JobError: the cluster cannot take it; nothing was started.
-        RunFailed: the cluster has not taken it.
+        JobError: the cluster cannot take it, or the runs folder cannot be written; nothing was started.
+        RunFailed: the cluster has not taken it; or it has, and its handle cannot be written.
     """
+    check_parent(submission.runs / submission.name)
     adapter.render(submission)
     handle = adapter.hand_over(submission, say)
-    write_handle(submission.runs, handle)
+    try:
+        write_handle(submission.runs, handle)
+    except OSError as error:
+        taken = f"the job runs as {handle.kind} {handle.id}"
+        raise RunFailed(f"{taken}, but dltrain cannot keep that in {submission.runs}: {error.strerror}") from error
     return handle
 
 
