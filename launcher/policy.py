@@ -10,6 +10,7 @@ from typing import Literal
 
 _ADDRESS = re.compile(r"\b0x[0-9a-f]+\b")  # of an object, as in its repr
 _FRUITLESS = 3
+_TOO_OFTEN = f"that happened {_FRUITLESS} times without a step in between"
 
 Action = Literal["wait", "finish", "stopped", "restart", "regroup", "refuse", "fail"]
 
@@ -103,7 +104,8 @@ class History:
         max_restarts: how many failures may be followed by another start.
         culprits: the first failure of each generation that counted.
         replaces: the run has spare nodes, or may go on with fewer: losing one is no failure that counts.
-        fruitless: how many of the last generations lost a node before they had done a step.
+        fruitless: how many of the last generations ended before they had done a step, by what is no failure that
+            counts: they lost a node, or were told to end.
     """
 
     max_restarts: int
@@ -113,10 +115,11 @@ class History:
 
     def after(self, decision: Decision, *, lost: bool, fruitful: bool) -> History:
         """What it is after a generation that ``decision`` ended: whether it lost nodes, and whether it got anywhere."""
+        again = lost or (decision.action == "restart" and not decision.counts)
         return replace(
             self,
             culprits=(*self.culprits, decision.culprit) if decision.counts else self.culprits,
-            fruitless=self.fruitless + 1 if lost and not fruitful else 0,
+            fruitless=self.fruitless + 1 if again and not fruitful else 0,
         )
 
 
@@ -164,7 +167,7 @@ def decide(status: Status, history: History) -> Decision:
         return _preempted(status, history, culprit)
     if status.lost_nodes and culprit is None and history.replaces:
         if history.fruitless >= _FRUITLESS:
-            return Decision("fail", f"{reason}; that happened {_FRUITLESS} times without a step in between")
+            return Decision("fail", f"{reason}; {_TOO_OFTEN}")
         return Decision("restart", reason, counts=False)
     if len(history.culprits) >= history.max_restarts:
         return Decision("fail", reason, culprit)
@@ -182,9 +185,11 @@ def _preempted(status: Status, history: History, culprit: RankFailure | None = N
     reason = f"rank {rank}{others} was sent {name}"
     if culprit is not None:
         reason += f", and rank {culprit.rank} was gone before a checkpoint was saved ({culprit.error})"
-    if history.max_restarts or history.replaces:
-        return Decision("restart", reason, culprit, counts=False)
-    return Decision("stopped", reason, culprit, signum=signal.Signals[name])
+    if not history.max_restarts and not history.replaces:
+        return Decision("stopped", reason, culprit, signum=signal.Signals[name])
+    if history.fruitless >= _FRUITLESS:
+        return Decision("fail", f"{reason}; {_TOO_OFTEN}", culprit)
+    return Decision("restart", reason, culprit, counts=False)
 
 
 def _reason(status: Status, culprit: RankFailure | None) -> str:

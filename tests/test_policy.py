@@ -62,6 +62,8 @@ def history(restarts: int = 0, *culprits: RankFailure | None) -> History:
         (status(ended=4, preempted=TOLD), history(), "stopped", "rank 1 was sent SIGTERM", None),
         (status(ended=4, preempted=TOLD, complete=True), history(), "finish", "", None),
         (status(ended=4, preempted=TOLD, stop_asked=True), history(2), "stopped", "", None),
+        (status(ended=4, preempted=TOLD), History(1, fruitless=2), "restart", "rank 1 was sent SIGTERM", None),
+        (status(ended=4, preempted=TOLD), History(1, fruitless=3), "fail", "3 times without a step", None),
         (status(preempted=TOLD, failures=(GONE,)), history(1, RAISED), "restart", "rank 1 was gone before", GONE),
         (status(preempted=TOLD, failures=(KILLED,)), history(1, RAISED), "fail", "rank 2 on node 1 failed", KILLED),
         # cause and consequence
@@ -141,6 +143,15 @@ def test_decisions(seen: Status, before: History, action: str, reason: str, culp
     assert (decision.action, decision.culprit) == (action, culprit)
     assert reason in decision.reason
     assert bool(reason) == bool(decision.reason)
+
+
+def test_what_is_no_failure_is_bounded_all_the_same() -> None:
+    told = decide(status(ended=4, preempted=TOLD), history(1))
+    before = history(1).after(told, lost=False, fruitful=False)
+    assert (before.fruitless, before.culprits) == (1, ())
+    assert before.after(told, lost=False, fruitful=True).fruitless == 0
+    counted = decide(status(failures=(KILLED,)), history(1))
+    assert before.after(counted, lost=False, fruitful=False) == History(1, (KILLED,))
 
 
 def test_deciding_changes_nothing() -> None:
