@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +57,18 @@ def test_the_tracker_is_asked_with_the_key_which_is_never_shown() -> None:
             assert says in said
             assert key not in said
     assert "does not answer" in why_unreached(environ, timeout=1.0)
+    assert why_unreached({"WANDB_BASE_URL": "lab:1", "HOME": "/nowhere"}).startswith("lab:1 does not answer")
+    assert why_unreached({"WANDB_BASE_URL": "lab", "HOME": "/nowhere"}) == "'lab' is no URL"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=greet, args=(other,), daemon=True).start()
+        environ = {"WANDB_BASE_URL": f"http://127.0.0.1:{other.getsockname()[1]}", "HOME": "/nowhere"}
+        assert "does not answer as a W&B server does" in why_unreached(environ)
+
+
+def greet(listener: socket.socket) -> None:
+    """Answer as a server of another protocol."""
+    with listener.accept()[0] as near:
+        near.sendall(b"SSH-2.0-OpenSSH\r\n")
 
 
 @pytest.fixture

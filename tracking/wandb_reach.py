@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
+from http.client import HTTPException
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -22,7 +23,10 @@ def why_unreached(environ: Mapping[str, str], *, timeout: float = 5.0) -> str:
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = "Basic " + base64.b64encode(f"api:{key}".encode()).decode()
-    request = Request(f"{url.rstrip('/')}/graphql", json.dumps(_QUERY).encode(), headers)  # noqa: S310  # the user's own server
+    try:
+        request = Request(f"{url.rstrip('/')}/graphql", json.dumps(_QUERY).encode(), headers)  # noqa: S310  # the user's own server
+    except ValueError:
+        return f"'{url}' is no URL"
     try:
         with urlopen(request, timeout=timeout) as answer:  # noqa: S310  # see above
             viewer = json.load(answer)["data"]["viewer"]
@@ -30,6 +34,6 @@ def why_unreached(environ: Mapping[str, str], *, timeout: float = 5.0) -> str:
         return f"{url} refuses this API key" if error.code in (401, 403) else f"{url} answers with {error}"
     except (OSError, URLError) as error:
         return f"{url} does not answer: {getattr(error, 'reason', error)}"
-    except (ValueError, LookupError, TypeError):
+    except (HTTPException, ValueError, LookupError, TypeError):
         return f"{url} does not answer as a W&B server does"
     return f"{url} does not know this API key" if key and viewer is None else ""
