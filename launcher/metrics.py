@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..core.errors import RunFailed
 from ..core.job import TrackingSpec
 from ..core.rows import RunRow
 from ..tracking.alerts import Level, raise_alert
@@ -58,8 +60,9 @@ class Metrics:
         self._journal.flush(min_interval=1.0)
 
     def summarize(self, figures: Mapping[str, float]) -> None:
-        """Keep what trackers show of a whole run, for when they finish."""
-        self._run.write(SUMMARY, json.dumps(figures, indent=2) + "\n")
+        """Keep what trackers show of a whole run, for when they finish. On a full disk they do without."""
+        with contextlib.suppress(RunFailed):
+            self._run.write(SUMMARY, json.dumps(figures, indent=2) + "\n")
 
     def alert(self, title: str, text: str, level: Level) -> None:
         """Have the trackers tell people of something at once."""

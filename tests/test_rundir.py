@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from dltrain.core.errors import JobError, RunFailed
-from dltrain.core.job import Job
+from dltrain.core.job import Job, TrackingSpec, WandbSpec
+from dltrain.launcher.metrics import Metrics
 from dltrain.launcher.rundir import RunDir, differences, newest_run
 
 JOB = Job(name="mine").model_dump(mode="json")
@@ -54,6 +55,16 @@ def test_a_discarded_run_leaves_no_trace(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "latest").resolve() == first.path
     RunDir.create(tmp_path, "other", JOB).discard()
     assert not (tmp_path / "other").exists()
+
+
+def test_a_summary_that_cannot_be_written_keeps_no_tracker_from_its_end(tmp_path: Path) -> None:
+    run = RunDir.create(tmp_path, "mine", JOB)
+    (run.path / "summary.json.partial").mkdir()
+    tracking = TrackingSpec(wandb=WandbSpec(mode="disabled"))
+    metrics = Metrics(run, tracking, config={}, on_message=print)
+    metrics.summarize({"goodput": 1.0})
+    assert metrics.finish(5.0, failed=False, give_up=lambda: False).state == "disabled"
+    run.close()
 
 
 def test_a_disk_that_takes_nothing_is_told_of_and_nothing_is_half_written(tmp_path: Path) -> None:
