@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import RunFailed
+from ..core.errors import JobError, RunFailed
 from ..launcher.logs import Logs, Pick
 from ..launcher.runs import RunStatus, all_runs, launched, look, stop_run
 from ..launcher.submit.adapter import OVER, JobState
@@ -108,9 +108,8 @@ def show_runs(runs: Path, *, as_json: bool) -> int:
     handles = list(all_handles(runs))
     begun = {run_of(runs, handle): handle for handle in handles}
     for path in all_runs(runs):
-        status, handle = look(path), begun.get(path)
-        row = {"name": status.name, "state": status.state, "step": status.step, "since": launched(path)[0]}
-        listed.append(row | {"job": handle.key if handle else ""})
+        handle = begun.get(path)
+        listed.append(_listed(path) | {"job": handle.key if handle else ""})
     for handle in handles:
         if run_of(runs, handle) is None and (state := _job(handle).standing) not in ("finished", "stopped"):
             row = {"name": f"{handle.name}/{handle.key}", "state": state, "step": 0}
@@ -119,12 +118,23 @@ def show_runs(runs: Path, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps(listed, indent=2) + "\n")
     elif listed:
-        times = [time.strftime("%Y-%m-%d %H:%M", time.localtime(row["since"])) for row in listed]
+        times = [
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(row["since"])) if row["since"] else "-" for row in listed
+        ]
         rows = [[r["name"], r["state"], str(r["step"]), when, r["job"]] for r, when in zip(listed, times, strict=True)]
         sys.stdout.write(columns([["run", "state", "step", "launched", "job"], *rows], right={2}))
     else:
         _say(f"there are no runs in {runs}")
     return 0
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    """What a list says of a run, also of one whose record cannot be read."""
+    try:
+        status = look(path)
+    except JobError:
+        return {"name": f"{path.parent.name}/{path.name}", "state": "damaged", "step": 0, "since": 0.0}
+    return {"name": status.name, "state": status.state, "step": status.step, "since": launched(path)[0]}
 
 
 def _is_loss(name: str, value: object) -> bool:

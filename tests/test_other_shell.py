@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import dltrain
 from dltrain.core.errors import JobError
 from dltrain.core.job import Job
 from dltrain.core.processes import Driver, Process
@@ -70,6 +71,23 @@ def test_a_run_is_found_by_path_name_or_number(tmp_path: Path, monkeypatch: pyte
         find_run(Path("runs"), "min")
     with pytest.raises(JobError, match="there is no run in elsewhere"):
         find_run(Path("elsewhere"), None)
+
+
+def test_a_run_whose_record_cannot_be_read_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    finished(Path("runs"), "mine")
+    damaged = finished(Path("runs"), "mine") / "run.json"
+    damaged.write_text('{"written": "by another version"}')
+    listed = dltrain("runs")
+    assert listed.code == 0, listed.err
+    assert [line.split()[:2] for line in listed.out.splitlines()[1:]] == [
+        ["mine/0001", "finished"],
+        ["mine/0002", "damaged"],
+    ]
+    asked = dltrain("status", "mine/2")
+    assert (asked.code, "run.json is damaged" in asked.err) == (2, True)
 
 
 def test_a_driver_that_is_gone_without_a_word_is_told_from_one_that_lives(
