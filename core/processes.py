@@ -116,6 +116,14 @@ class Driver:
         return self.host == socket.gethostname() and self.boot != boot()
 
 
+def name_of(pid: int) -> str:
+    """The name that ``ps`` shows of a process, 15 bytes of it (proc(5)); empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def _stat(pid: int) -> list[str]:
     """What proc(5) says of a process from its state (field 3) on; nothing when it is gone."""
     try:

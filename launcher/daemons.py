@@ -9,6 +9,8 @@ import signal
 from collections.abc import Generator
 from pathlib import Path
 
+from ..core.processes import name_of
+
 _NAMES = ("gcs_server", "raylet")
 
 
@@ -31,7 +33,7 @@ class Daemons:
     """Watches the processes of Ray that this process has started, through pidfd_open(2). Ray takes up to a minute."""
 
     def __init__(self) -> None:
-        self._fds = {name: os.pidfd_open(pid) for pid in _children() if (name := _name(pid)) in _NAMES}
+        self._fds = {name: os.pidfd_open(pid) for pid in _children() if (name := name_of(pid)) in _NAMES}
 
     def dead(self) -> str:
         """What has died, and how, in a few words; empty while all live."""
@@ -52,13 +54,6 @@ def _children() -> list[int]:
         with contextlib.suppress(OSError):  # a thread that has ended meanwhile
             found += [int(pid) for pid in (task / "children").read_text().split()]
     return found
-
-
-def _name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _end_of(fd: int) -> str:

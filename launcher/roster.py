@@ -6,11 +6,10 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from ..core.errors import DltrainError
-from ..core.processes import Process
+from ..core.processes import Process, name_of
 from . import untyped
 from .cluster import Cluster, Seat, loss_of
 from .enlist import Enlisting
@@ -252,7 +251,7 @@ class Roster:
 
     def _member(self, agent: Any, info: NodeInfo) -> Member:
         process = Process.of(info.pid) if info.ray_node == self._here else None
-        if process is not None and not Path(f"/proc/{info.pid}/comm").read_text().startswith("ray::"):
+        if not name_of(info.pid).startswith("ray::"):
             process = None  # its numbers are of another namespace
         return Member(agent, info, process)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ...core.processes import Process
+from ...core.processes import Process, name_of
 from ...core.pulse import Beat, Pulse
 from ..live import FILE
 from ..rundir import newest_run
@@ -35,7 +35,7 @@ class Seat:
     def find(cls, rank: int, node: int, generation: int, pid: int) -> Self | None:
         """The rank that is process ``pid``; None where that is no rank, or has gone."""
         process = Process.of(pid)
-        if process is None or _name(pid) != f"dltrain-rank{rank}"[:15]:
+        if process is None or name_of(pid) != f"dltrain-rank{rank}"[:15]:
             return None
         with contextlib.suppress(OSError):
             for entry in Path(f"/proc/{pid}/fd").iterdir():
@@ -53,7 +53,7 @@ class Seat:
         with contextlib.suppress(OSError):
             children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
             for pid in map(int, children):
-                if _name(pid) == f"dltrain-save{self.rank}"[:15]:
+                if name_of(pid) == f"dltrain-save{self.rank}"[:15]:
                     return Process.of(pid)
         return None
 
@@ -101,7 +101,7 @@ class Watch:
             assert self.run is not None
             facts: dict[str, Any] = json.loads((self.run / "environment.json").read_text(encoding="utf-8"))
             for host in facts["hosts"]:
-                if host["node"] == node and _name(host["agent"]).startswith("ray::"):
+                if host["node"] == node and name_of(host["agent"]).startswith("ray::"):
                     return Process.of(host["agent"])
         return None
 
@@ -153,10 +153,3 @@ class Watch:
         for seat in self.seats.values():
             seat.pulse.close()
         self.seats.clear()
-
-
-def _name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
