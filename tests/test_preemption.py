@@ -17,7 +17,9 @@ def test_a_rank_that_is_told_to_end_saves_and_the_run_goes_on_without_a_step_don
     closed = gate(sandbox)
     with sandbox.start(*LAUNCH, *JOB, "--max-restarts", "1") as process:
         wait_at_gate(sandbox, process)
-        for pid in [*sandbox.named("dltrain-rank1"), *sandbox.named("dltrain-save")]:
+        told = [pid for name in ("rank1", "save0", "save1") for pid in sandbox.named(f"dltrain-{name}")]
+        assert len(told) == 3, sandbox.processes()
+        for pid in told:
             os.kill(pid, signal.SIGTERM)
         closed.unlink()
         out, err = process.communicate(timeout=120)
