@@ -36,6 +36,7 @@ _TURN = 0.02  # seconds that news are waited for where a decision is near
 _WITNESS_TIME = 0.3  # seconds to hear of other failures after the first, so that the report names the true first
 _KNOWN_CAUSE = 0.1  # the same when one was killed: what the others say is a consequence
 _SILENCE = 30.0
+_GLANCE = 1.0  # most seconds that count between two looks: when this process was stopped, agents were not silent
 _DRAIN = 10.0
 _LAST_SAVE = 0.1  # seconds that a checkpoint may still take where a newer snapshot is in memory
 _ASK = 10.0
@@ -90,7 +91,8 @@ class Controller:
         self._fence = fence
         self._succession = Succession(roster, recovery, view=view, stop=stop, meanwhile=metrics.tick)
         self._polls: dict[Any, Any] = {}
-        self._heard: dict[int, float] = {}
+        self._unheard: dict[int, float] = {}
+        self._looked = 0.0
         self._intake = Intake(
             run,
             metrics=metrics,
@@ -179,7 +181,7 @@ class Controller:
         pairs = enumerate(zip(cluster.agents, plans, strict=True))
         starts = {node: agent.start.remote(number, plan, origin.point) for node, (agent, plan) in pairs}
         self._gather(generation, starts, "forking ranks", timeout)
-        self._heard = dict.fromkeys(range(len(nodes)), time.monotonic())
+        self._unheard = dict.fromkeys(range(len(nodes)), 0.0)
         return generation
 
     # ---- watching
@@ -310,8 +312,8 @@ class Controller:
         for node, agent in enumerate(self._cluster.agents):
             if node not in generation.lost and all(polled is not agent for polled in self._polls.values()):
                 self._polls[agent.poll.remote(_POLL)] = agent
-        ready, _ = ray.wait(list(self._polls), timeout=wait)
-        for ref in ready:
+        ray.wait(list(self._polls), timeout=wait)
+        for ref in ray.wait(list(self._polls), num_returns=len(self._polls), timeout=0)[0]:
             agent = self._polls.pop(ref)
             node = next((node for node, known in enumerate(self._cluster.agents) if known is agent), None)
             if node is None:  # its place was taken
@@ -322,14 +324,16 @@ class Controller:
                 generation.lose({node: loss_of(error)})
                 continue
             self._roster.heartbeats.heard(agent)
-            self._heard[node] = time.monotonic()
+            self._unheard[node] = 0.0
             self._view.beats(node, report.beats)
             self._intake.watched.take(node, report.beats, time.monotonic())
             for event in report.events:
                 if event.generation == generation.number:
                     self._intake.take(generation, self._cluster.nodes[node], event)
-        for node, at in self._heard.items():
-            if time.monotonic() - at > _SILENCE:
+        looked, self._looked = self._looked, time.monotonic()
+        for node in self._unheard:
+            self._unheard[node] += min(self._looked - looked, _GLANCE)
+            if self._unheard[node] > _SILENCE:
                 generation.lose({node: f"its agent has told nothing for {_SILENCE:g} s"})
         generation.lose(self._roster.silent(self._intake.watched.still()))
 

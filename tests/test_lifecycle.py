@@ -127,6 +127,20 @@ def test_a_stop_while_the_recipe_is_imported_leaves_nothing(box: Sandbox) -> Non
     assert not (box.folder / "runs").exists()
 
 
+@pytest.mark.slow
+def test_a_launch_that_was_suspended_has_lost_nobody_when_it_goes_on(box: Sandbox, reference: RunFolder) -> None:
+    closed = gate(box)
+    with box.start(*LAUNCH, *JOB) as process:
+        wait_at_gate(box, process)
+        os.kill(process.pid, signal.SIGSTOP)  # Ctrl-Z
+        time.sleep(35)  # longer than a node may be silent
+        os.kill(process.pid, signal.SIGCONT)
+        closed.unlink()
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    assert_same_run(run_of(box), reference)
+
+
 # ---- killed
 
 
