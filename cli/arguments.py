@@ -49,6 +49,7 @@ class LaunchRequest:
         address: Ray cluster to join.
         network_interface: interface that ranks talk over.
         placement: how nodes are placed on machines.
+        strategy: the job's ``parallel.strategy``.
         run_dir: parent of the run directories.
         resume: ``"auto"`` goes on with the unfinished run, ``"never"`` starts afresh; or a run or checkpoint folder.
         init_from: run or checkpoint folder, or its URL, to take the first weights from; empty for none.
@@ -80,6 +81,7 @@ class LaunchRequest:
     address: str | None = None
     network_interface: str | None = None
     placement: Literal["auto", "spread", "pack"] | None = None
+    strategy: str | None = None
     run_dir: Path = Path("runs")
     resume: str = "auto"
     init_from: str = ""
@@ -109,9 +111,15 @@ class LaunchRequest:
             "resources.nproc_per_node": self.nproc_per_node,
             "resources.network_interface": self.network_interface,
             "resources.placement": self.placement,
+            "parallel.strategy": self.strategy,
             "recovery.max_restarts": self.max_restarts,
         }
         return {key: value for key, value in values.items() if value is not None}
+
+    def job_words(self) -> tuple[str, ...]:
+        """The job, without what is said of nodes, as other commands take it too."""
+        words = (*((str(self.job_file),) if self.job_file else ()), *self.overrides)
+        return words if self.strategy is None else (*words, "--strategy", self.strategy)
 
 
 def split(argv: Sequence[str], takes_value: Mapping[str, bool]) -> tuple[list[str], list[str]]:

@@ -76,6 +76,7 @@ def _options(request: LaunchRequest) -> Options:
         master_addr=request.master_addr,
         master_port=request.master_port or 0,
         submission=request.submission,
+        job_words=request.job_words(),
     )
 
 

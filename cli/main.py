@@ -237,6 +237,15 @@ def plan(
         str | None,
         typer.Option("--memory", metavar="SIZE", help="Memory of each rank, as 80GiB.", show_default=False),
     ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            "--strategy",
+            metavar="NAME",
+            help="The job's parallel.strategy; with auto what the job says beside it holds.",
+            show_default=False,
+        ),
+    ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Look at tensor groups and pipelines where simpler ways fit, too.")
     ] = False,
@@ -255,6 +264,7 @@ def plan(
             per_node=gpus_per_node,
             gpu=gpu,
             memory=memory,
+            strategy=strategy,
             everything=everything,
             as_json=as_json,
         )

@@ -103,6 +103,16 @@ def launch(
             help="Leave the fork servers of the joined cluster for the next launch this long, as 10min (default 0).",
         ),
     ] = None,
+    strategy: Annotated[
+        Text,
+        _option(
+            _RUN,
+            "--strategy",
+            metavar="NAME|auto",
+            help="How a job's model lies on its ranks: ddp (the default), fsdp, zero1, zero2, zero3; "
+            "auto takes the first choice of dltrain plan for the nodes that there are.",
+        ),
+    ] = None,
     run_dir: Annotated[
         Text, _option(_RUN, "--run-dir", metavar="DIR", help="Parent of the run directories (default ./runs).")
     ] = None,

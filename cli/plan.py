@@ -17,7 +17,8 @@ from rich.table import Table
 from ..core.config import load_job
 from ..core.errors import JobError, Problem
 from ..core.job import Job
-from ..launcher.plan import Machines, Plan, Row, machines_for, make_plan, size
+from ..launcher.hardware import Machines, machines_for
+from ..launcher.plan import Plan, Row, label, make_plan, size
 from ..models.registry import RECIPES
 from .arguments import job_target
 from .render import parse_size
@@ -34,6 +35,7 @@ def show_plan(
     per_node: int | None,
     gpu: str | None,
     memory: str | None,
+    strategy: str | None,
     everything: bool,
     as_json: bool,
 ) -> int:
@@ -48,7 +50,8 @@ def show_plan(
     for name, value in (("--nodes", nodes), ("--gpus-per-node", per_node)):
         if value is not None and value < 1:
             raise JobError(Problem(f"{value} is not above 0", name))
-    job = load_job(named.job_file, named.overrides, {}, os.environ, recipes=RECIPES).job
+    flags = {"parallel.strategy": strategy} if strategy is not None else {}
+    job = load_job(named.job_file, named.overrides, flags, os.environ, recipes=RECIPES).job
     room = None if memory is None else parse_size(memory, "--memory")
     machines = machines_for(job, nodes=nodes, per_node=per_node, gpu=gpu, memory=room)
     plan = make_plan(job, machines, everything=everything, said=_say)
@@ -76,7 +79,7 @@ def _print(plan: Plan, target: Sequence[str]) -> None:
         reasons.add_column(no_wrap=True)
         reasons.add_column(overflow="fold")
         for row in refused:
-            reasons.add_row(f"  {label(row, plan.job)}", row.reason)
+            reasons.add_row(f"  {title(row, plan.job)}", row.reason)
         console.print("\nnot these:")
         console.print(reasons)
     if plan.skipped:
@@ -104,7 +107,7 @@ def _table(plan: Plan) -> Table:
         assert row.time is not None
         table.add_row(
             str(number),
-            label(row, plan.job),
+            title(row, plan.job),
             f"{size(row.total)} ({row.total / plan.machines.memory:.0%})",
             size(sum(row.held.values())),
             size(row.on_the_wire),
@@ -120,7 +123,7 @@ def _print_choice(console: Console, plan: Plan, target: Sequence[str]) -> None:
         console.print("\nno way to spread this job is possible: see the reasons above")
         return
     lead = "the first" if plan.best is not None else "nothing fits; what comes closest"
-    console.print(f"\n{lead}: {label(chosen, plan.job)}")
+    console.print(f"\n{lead}: {title(chosen, plan.job)}")
     details = Table.grid(padding=(0, 2))
     details.add_column(no_wrap=True)
     details.add_column(overflow="fold")
@@ -150,22 +153,20 @@ def _print_choice(console: Console, plan: Plan, target: Sequence[str]) -> None:
 def commands(row: Row, plan: Plan, target: Sequence[str]) -> list[str]:
     """What to do next with a row, ready to paste."""
     machines = plan.machines
-    words = [*target, *(f"{key}={value}".replace("=True", "=true") for key, value in row.values.items())]
+    words = [word for word in target if word.partition("=")[0] not in row.values]
+    words += [f"{key}={value}".replace("=True", "=true") for key, value in row.values.items()]
     size = ["--nodes", str(machines.nodes), "--nproc-per-node", str(machines.per_node)]
     return [shlex.join(["dltrain", "launch", *words, *size])]
 
 
-def label(row: Row, job: Job) -> str:
-    """A row in few words: ``"fsdp, replicas 2, recompute"``."""
-    if not row.values:
-        parallel = job.parallel
-        spread = [parallel.strategy, *(f"{k} {getattr(parallel, k)}" for k in ("tensor", "pipeline", "replicas"))]
-        return f"the job: {', '.join(word for word in spread if not word.endswith(' 1'))}"
-    words: list[str] = []
-    for key, value in row.values.items():
-        name = key.rpartition(".")[2]
-        words.append(str(value) if name == "strategy" else name if value is True else f"{name} {value}")
-    return ", ".join(words)
+def title(row: Row, job: Job) -> str:
+    """A row in few words; the job as it stands by what it says."""
+    if row.values:
+        return label(row.values)
+    parallel = job.parallel
+    sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "replicas")}
+    said = {"strategy": parallel.strategy, **{name: size for name, size in sizes.items() if size > 1}}
+    return f"the job: {label(said)}"
 
 
 def use(row: Row, plan: Plan) -> float:

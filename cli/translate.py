@@ -27,6 +27,12 @@ _WITHOUT_EFFECT = {
     "run_path": "dltrain always runs a script inside its own interpreter",
 }
 _SCRIPT_ONLY = ("log_dir", "redirects", "tee", "local_ranks_filter", "role", "rdzv_id")
+_OWN_LOADING = "the script itself decides what it loads; pass it an argument"
+_JOB_ONLY = {
+    "resume": _OWN_LOADING,
+    "init_from": _OWN_LOADING,
+    "strategy": "the script itself spreads its model; nothing is planned of it",
+}
 
 
 @dataclass
@@ -58,9 +64,8 @@ def translate(params: Mapping[str, Any], *, is_job: bool) -> Translated:
         what = "does nothing in a job, only for a script"
         result.problems += [Problem(what, _option(name)) for name in _SCRIPT_ONLY if name in given]
     else:
-        hint = "the script itself decides what it loads; pass it an argument"
         what = "does nothing for a script, only in a job"
-        result.problems += [Problem(what, _option(name), hint) for name in ("resume", "init_from") if name in given]
+        result.problems += [Problem(what, _option(name), hint) for name, hint in _JOB_ONLY.items() if name in given]
     return result
 
 
@@ -189,6 +194,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "address": _address,
     "network_interface": str,
     "placement": _choice("auto", "spread", "pack"),
+    "strategy": str,
     "run_dir": _folder,
     "resume": _resume,
     "init_from": _weights,

@@ -39,11 +39,11 @@ def check_job(
     per_node = job.resources.nproc_per_node
     if world is None and isinstance(per_node, int):
         world = job.resources.nodes * per_node
-    problems = [*_evaluation(job), *_watching(job), *_optimizers(job), *_overflows(job)]
-    problems += [*check_numerics(job), *check_zero(job, world)]
-    if world is not None:
-        problems += [*_batch(job, world), *_elastic(job, world // job.resources.nodes)]
-    problems += check_nodes(job.resources.nodes, job.recovery)
+    problems = [*_evaluation(job), *_watching(job), *check_nodes(job.resources.nodes, job.recovery)]
+    if not job.parallel.is_open:  # else these decide what can be chosen
+        problems += [*_optimizers(job), *_overflows(job), *check_numerics(job), *check_zero(job, world)]
+        if world is not None:
+            problems += [*_batch(job, world), *_elastic(job, world // job.resources.nodes)]
     return [*check_references(job, place, recipes=recipes), *_placed(problems, place)]
 
 

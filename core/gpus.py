@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import JobError, Problem
 from .suggest import nearest
 
 _GIB = 2**30
+_TORCHS = 0.965  # of the memory that a driver tells of, what torch reports at least
 
 
 @dataclass(frozen=True)
@@ -110,3 +111,17 @@ def cpu(memory: int, cores: int) -> Gpu:
     """A rank without a GPU: ``memory`` bytes, ``cores`` of a server's cores. A rough guess at what they do."""
     speed = 30e9 * cores  # of one core, in float32, as torch gets out of it
     return Gpu(f"cpu-{memory / 1e9:.0f}GB", memory, speed, speed, 10e9, 2e9, 1.25e9, 0)
+
+
+def recognise(name: str, memory: int) -> Gpu:
+    """The GPU of the table that a driver calls ``name`` and says to have ``memory`` bytes.
+
+    One that the table does not have is given the rates of the one whose memory is nearest.
+    """
+    said = set(re.split(r"[^a-z0-9]+", name.lower()))
+    words = {gpu: set(gpu.name.lower().split("-")[:-1]) for gpu in GPUS.values()}
+    alike = [gpu for gpu in words if words[gpu] <= said]
+    if not alike:
+        nearest_gpu = min(GPUS.values(), key=lambda gpu: abs(gpu.memory - memory))
+        return replace(nearest_gpu, memory=int(memory * _TORCHS))
+    return min(alike, key=lambda gpu: (-len(words[gpu]), abs(gpu.memory - memory)))

@@ -16,11 +16,12 @@ class Parallel(BaseModel):
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
 
-    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    strategy: Literal["ddp", "fsdp", "zero1", "zero2", "zero3", "auto"] = "ddp"
     """'ddp': every rank holds the whole model, gradients are averaged (torch DistributedDataParallel). 'fsdp': weights,
     gradients and the optimizer's state are cut over the ranks, and the weights of one unit of the model at a time are
     gathered where they are needed (torch FSDP2). DeepSpeed's ZeRO (needs the 'deepspeed' extra) deals to the ranks:
-    'zero1' the optimizer's state, 'zero2' the gradients too, 'zero3' the weights too."""
+    'zero1' the optimizer's state, 'zero2' the gradients too, 'zero3' the weights too. With 'auto' dltrain launch takes
+    the first choice of dltrain plan for the nodes that it has; what else is said here holds."""
     tensor: int = Field(default=1, gt=0)
     """Neighbouring ranks that compute the same microbatches together, each with its share of the model's matrices
     (tensor parallelism, by the rules of the recipe's layout). The others are data-parallel."""
@@ -66,6 +67,8 @@ class Parallel(BaseModel):
 
     @model_validator(mode="after")
     def _options_fit_the_strategy(self) -> Self:
+        if self.is_open:
+            return self  # what they do not fit is not chosen
         plain_ddp = self.strategy == "ddp" and self.tensor == self.pipeline == 1
         for name in ("static_graph", "compress"):
             if not plain_ddp and self._is_set(name):
@@ -97,6 +100,11 @@ class Parallel(BaseModel):
 
     def _is_set(self, name: str) -> bool:
         return getattr(self, name) != type(self).model_fields[name].default
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the strategy is still to be chosen."""
+        return self.strategy == "auto"
 
     @property
     def cuts_weights(self) -> bool:

@@ -20,21 +20,25 @@ from ..core.errors import JobError, Problem, RunFailed
 from ..core.formats import is_url
 from ..core.job import CheckpointSpec, Job, Resources, TrackingSpec
 from ..core.memory import remedies
+from ..core.parallel import Parallel
 from ..core.recovery import RecoverySpec
 from ..tracking.wandb_mode import api_key_present, resolve_mode
+from .auto import Choice, choose
 from .carry import RunResult, Work, carry_out
 from .cluster import ClusterError
 from .demand import Demand, demand_here, demand_on
 from .doctor import check_first
 from .generation import Program
 from .goodput import Goodput
+from .hardware import Machines, machines_of
 from .host import HostError
 from .interrupt import StopRequests
 from .messages import Target
-from .resume import HeldLease, checkpoint_url, decide_start, leased, open_storage
+from .resume import HeldLease, Start, checkpoint_url, decide_start, leased, open_storage
 from .rundir import RunDir, check_parent
 from .session import Options, Session
 from .view import OutputRules, View, make_view
+from .vitals import Vitals
 
 
 def launch(
@@ -68,15 +72,20 @@ def launch(
         with _session(options, job.resources, job.recovery, demand, view, sizes) as (session, stop):
             for note in notes:
                 view.note(note)
-            data = job.model_dump(mode="json")
-            session.begin_check(data)
+            # of a strategy that is yet to be chosen there is nothing to be tried
+            tried = job.model_copy(update={"parallel": Parallel()}) if job.parallel.is_open else job
+            tried_data = tried.model_dump(mode="json")
+            session.begin_check(tried_data)
             session.connect(view.phase)
             if demand is None:  # only now is the number of ranks known
                 _refuse(check_job(job, world=job.resources.nodes * session.demand.ranks))
             session.place(view.phase)
-            _refuse(session.check(data))
+            _refuse(session.check(tried_data))
             _preflight(session, job.checkpoint, job.tracking, runs, view)
-            run = start.open(job, runs, _yaml(data))
+            choice = _settle(job, start, session, view)
+            job, session.sizes = choice.job, partial(legal_nodes, choice.job)
+            data = job.model_dump(mode="json")
+            run = start.open(job, runs, _yaml(data), choice.values)
             url = checkpoint_url(job, run)
             try:
                 if not is_url(url):
@@ -177,6 +186,29 @@ def _session(
         raise RunFailed(str(error)) from error
     finally:
         view.close()
+
+
+def _settle(job: Job, start: Start, session: Session, view: View) -> Choice:
+    """The job with a strategy, chosen for the nodes where it names none."""
+
+    def machines() -> Machines:
+        view.phase("choosing a strategy")
+        runs, none = str(Path(session.options.runs).absolute()), dict[str, object]()
+        waiting_for = "looking at the nodes' memory"
+        vitals: list[Vitals] = session.cluster.call("examine", runs, "", none, waiting_for=waiting_for)
+        return machines_of(session.demand, session.cluster.nodes, vitals)
+
+    choice = choose(
+        job,
+        demand=session.demand,
+        before=start.chosen,
+        machines=machines,
+        target=session.options.job_words,
+        meanwhile=session.stop.leave_if_asked,
+    )
+    if choice.why:
+        view.note(choice.why)
+    return choice
 
 
 def _refuse(problems: list[Problem]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from ..core.checks import check_job
+from ..core.elastic import legal_nodes, settled
 from ..core.errors import JobError
 from ..core.job import Job
 from ..core.parallel import Parallel, microbatches_per_step
@@ -23,13 +24,15 @@ class Candidate:
 
     Attributes:
         values: what it says, by dotted key of the job; empty for the job as it stands.
-        job: the job with these values; None where they contradict each other.
+        job: the job with these values on so many nodes; None where they contradict each other.
         reason: why it cannot be, if it cannot.
+        sizes: the numbers of nodes that it could have, where the job's number may change.
     """
 
     values: Mapping[str, Any]
     job: Job | None
     reason: str = ""
+    sizes: tuple[int, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -39,34 +42,76 @@ class Candidate:
         return 1 if self.values.get("parallel.tensor", 1) > 1 else 0
 
 
-def candidates(job: Job, *, world: int, per_node: int) -> list[Candidate]:
-    """Ways to spread ``job`` over ``world`` ranks, ``per_node`` on each node, the simplest first."""
-    return [with_values(job, values, world=world) for values in _meshes(world, per_node)]
+def candidates(job: Job, *, nodes: int, per_node: int) -> list[Candidate]:
+    """Ways to spread ``job`` over ``per_node`` ranks on each of ``nodes`` nodes, the simplest first.
+
+    Where the number of nodes may change, a way must allow all numbers that the simplest allows.
+    """
+    meshes = _meshes(nodes * per_node, per_node)
+    if job.parallel.is_open:
+        meshes = _beside(job.parallel, meshes)
+    ways = [with_values(job, values, nodes=nodes, per_node=per_node) for values in meshes]
+    wanted = next((way.sizes for way in ways if way.sizes), ())
+    return [_at_all(way, wanted) for way in ways]
 
 
-def with_values(job: Job, values: Mapping[str, Any], *, world: int) -> Candidate:
+def _at_all(way: Candidate, wanted: tuple[int, ...]) -> Candidate:
+    missing = [str(nodes) for nodes in wanted if nodes not in way.sizes]
+    if way.reason or not missing:
+        return way
+    return replace(way, reason=f"it cannot be dealt to {' or '.join(missing)} nodes, which the run may come to have")
+
+
+def with_values(job: Job, values: Mapping[str, Any], *, nodes: int, per_node: int) -> Candidate:
     """``job`` with ``values``, checked as far as arithmetic goes."""
+    world = nodes * per_node
+    try:
+        spread = applied(job, {**values, "resources.nodes": nodes, "resources.nproc_per_node": per_node})
+    except ValidationError as error:
+        return Candidate(values, None, str(error.errors()[0]["msg"]).removeprefix("Value error, "))
+    try:
+        spread = settled(spread, per_node)
+        spread.parallel.axes(world)
+        microbatches_per_step(
+            spread.train.microbatches, global_batch=spread.train.global_batch, world=world, parallel=spread.parallel
+        )
+        sizes = legal_nodes(spread, per_node) if job.recovery.node_range else ()
+    except JobError as error:
+        return Candidate(values, None, _sentence(error))
+    problems = check_job(spread)
+    return Candidate(values, spread, "; ".join(problem.what for problem in problems), sizes)
+
+
+def applied(job: Job, values: Mapping[str, Any]) -> Job:
+    """``job`` with values by dotted key.
+
+    Where its strategy is open, what it says beside that holds; else what does not go with another one is left out.
+
+    Raises:
+        ValidationError: the values contradict each other.
+    """
     data: dict[str, Any] = job.model_dump(mode="json")
     chosen: dict[str, Any] = {}
     for key, value in values.items():
         section, name = key.split(".")
         (chosen if section == "parallel" else data[section])[name] = value
-    if chosen:
+    if job.parallel.is_open:
+        data["parallel"] |= chosen
+    elif chosen:
         kept: dict[str, Any] = {key: value for key, value in data["parallel"].items() if key in _KEPT}
         data["parallel"] = _with_kept(kept, chosen)
-    try:
-        spread = Job.model_validate(data)
-    except ValidationError as error:
-        return Candidate(values, None, str(error.errors()[0]["msg"]).removeprefix("Value error, "))
-    try:
-        spread.parallel.axes(world)
-        microbatches_per_step(
-            spread.train.microbatches, global_batch=spread.train.global_batch, world=world, parallel=spread.parallel
-        )
-    except JobError as error:
-        return Candidate(values, None, _sentence(error))
-    problems = check_job(spread, world=world)
-    return Candidate(values, spread, "; ".join(problem.what for problem in problems))
+    return Job.model_validate(data)
+
+
+def _beside(parallel: Parallel, meshes: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The meshes without what ``parallel`` says itself, each once."""
+    fixed = {f"parallel.{name}" for name in ("tensor", "pipeline", "replicas") if getattr(parallel, name) > 1}
+    seen: list[dict[str, Any]] = []
+    for mesh in meshes:
+        rest = {key: value for key, value in mesh.items() if key not in fixed}
+        if rest not in seen:
+            seen.append(rest)
+            yield rest
 
 
 def _with_kept(kept: Mapping[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
@@ -91,11 +136,11 @@ def _meshes(world: int, per_node: int) -> Iterator[dict[str, Any]]:
     if world == 1:
         return
     nodes = world // per_node
-    for stage in (1, 2, 3):
-        yield {"parallel.strategy": f"zero{stage}"}
-    yield {"parallel.strategy": "fsdp"}
+    for strategy in ("zero1", "zero2", "fsdp"):
+        yield {"parallel.strategy": strategy}
     if nodes > 1 and per_node > 1:
         yield {"parallel.strategy": "fsdp", "parallel.replicas": nodes}
+    yield {"parallel.strategy": "zero3"}
     for strategy in ("ddp", "fsdp"):
         for tensor in _powers(per_node):
             yield {"parallel.strategy": strategy, "parallel.tensor": tensor}

@@ -6,20 +6,18 @@ decided what is looked at, and what the figures mean for a device.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..core.errors import JobError, Problem
-from ..core.gpus import Gpu, cpu, find_gpu
 from ..core.job import Job
 from ..core.parallel import microbatches_per_step
 from .candidates import Candidate, candidates, with_values
 from .dryruns import DryRuns
-from .machine import usable_cpus, visible_gpus
+from .hardware import Machines
+from .machine import usable_cpus
 from .steptime import LAUNCH, MATRIX, TRAFFIC, Sent, StepTime, step_time
 
 _GIB = 2**30
@@ -31,28 +29,14 @@ WORKSPACE = 2**24
 CPU_RESERVE = int(0.3 * _GIB) + WORKSPACE
 #: What is added to all tensors' bytes for the allocator's rounding and for holes between them.
 MARGIN = 0.06
+#: Ways count as equally fast that differ by less than this share or these seconds: what the engines' own code takes is
+#: not modelled. On two CPU ranks zero1 takes 10 ms more than ddp, and zero2 20 (docs/benchmarks.md).
+_CLOSE, _BLUR = 0.1, 0.01
 _LEVELS = ("ways", "ways with tensor groups", "ways with pipelines")
 
 
-@dataclass(frozen=True)
-class Machines:
-    """Where a job is to run.
-
-    Attributes:
-        nodes: how many machines.
-        per_node: ranks on each: one for each GPU.
-        gpu: what each rank computes on.
-        memory: bytes that each rank has.
-    """
-
-    nodes: int
-    per_node: int
-    gpu: Gpu
-    memory: int
-
-    @property
-    def world(self) -> int:
-        return self.nodes * self.per_node
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -138,75 +122,74 @@ class Plan:
         return min(large, key=lambda row: row.total, default=None)
 
 
-def machines_for(job: Job, *, nodes: int | None, per_node: int | None, gpu: str | None, memory: int | None) -> Machines:
-    """The machines that options name; what they do not say is this machine's.
-
-    Raises:
-        JobError: there is no such GPU in the table, or this machine has GPUs of a kind that must be named.
-    """
-    nodes = nodes or job.resources.nodes
-    own = job.resources.nproc_per_node
-    if per_node is None and isinstance(own, int):
-        per_node = own
-    if gpu is None and visible_gpus():
-        raise JobError(Problem("which GPU is to be planned for?", "--gpu", "such as --gpu H100-80GB"))
-    if gpu is None:
-        per_node = per_node or (usable_cpus() if own == "cpu" else 1)
-        ram = memory or _ram()
-        device = cpu(ram, max(1, usable_cpus() // (nodes * per_node)))
-        return Machines(nodes, per_node, device, ram // (nodes * per_node if memory is None else 1))
-    device = find_gpu(gpu, cores=4)
-    per_node = per_node or (1 if device.is_cpu else 8)
-    share = device.memory // per_node if device.is_cpu else device.memory
-    return Machines(nodes, per_node, device, memory or share)
-
-
 def make_plan(
-    job: Job, machines: Machines, *, everything: bool = False, own: bool = True, said: Callable[[str], None] = print
+    job: Job,
+    machines: Machines,
+    *,
+    everything: bool = False,
+    briefly: bool = False,
+    said: Callable[[str], None] = print,
+    meanwhile: Callable[[], None] = _nothing,
 ) -> Plan:
-    """Look at the ways to spread ``job`` over ``machines``.
+    """Look at the ways to spread ``job`` over ``machines``, and at the job as it stands if it names a strategy.
 
     Args:
         everything: also look at tensor groups and pipelines where simpler ways fit.
-        own: also look at the job as it stands.
+        briefly: look at no more than is needed to know the first choice.
         said: is told what is being looked at.
+        meanwhile: called while answers are waited for; what it raises ends that.
 
     Raises:
         JobError: the job's data or recipe are wrong.
-        RunFailed: a process that followed a step died.
+        RunFailed: a process that followed a step died, or took too long.
     """
-    with DryRuns(min(4, usable_cpus())) as runs:
+    with DryRuns(min(4, usable_cpus()), meanwhile) as runs:
         said("building the model and opening the data")
-        facts = runs.ask({"ask": "look", "job": job.model_dump(mode="json")}).result()
+        facts = runs.result(runs.ask({"ask": "look", "job": job.model_dump(mode="json")}))
         if "problems" in facts:
             raise JobError(*(Problem(**problem) for problem in facts["problems"]))
         look = _Look(job, machines, facts, runs)
-        ways = candidates(job, world=machines.world, per_node=machines.per_node)
-        if own:
-            ways = [with_values(job, {}, world=machines.world), *(way for way in ways if not _same(way, job))]
+        ways = candidates(job, nodes=machines.nodes, per_node=machines.per_node)
+        if not job.parallel.is_open:
+            own = with_values(job, {}, nodes=machines.nodes, per_node=machines.per_node)
+            ways = [own, *(way for way in ways if not _same(way, job))]
         rows: list[Row] = []
-        skipped = 0
-        for depth, name in enumerate(_LEVELS):
-            level = [way for way in ways if way.depth == depth]
-            if not everything and any(row.state == "fits" for row in rows):
-                skipped += len(level)
-            elif level:
-                said(f"following a step in {len(level)} {name}")
-                rows += look.at(level)
-    rows.sort(key=_preference)
+        if briefly and not ways[0].reason:
+            rows += look.at([ways.pop(0)])
+        if rows and _is_unbeaten(rows[0], job, machines):
+            skipped = len(ways)
+        else:
+            skipped = look.further(ways, rows, everything=everything, said=said)
     parameters, weights = facts["parameters"], facts["bytes"]
-    return Plan(job, machines, parameters, weights, facts["counts"]["train"], rows, skipped)
+    return Plan(job, machines, parameters, weights, facts["counts"]["train"], _in_order(rows), skipped)
 
 
 def _same(way: Candidate, job: Job) -> bool:
     return way.job is not None and way.job.parallel == job.parallel
 
 
-def _preference(row: Row) -> tuple[int, float, float]:
-    """Those that fit by the time of a step, then the others by what they take, then those that cannot be."""
-    if row.state == "fits" and row.time is not None:
-        return 0, row.time.total, row.total
-    return (1, row.total, 0.0) if row.state == "too large" else (2, 0.0, 0.0)
+def _near(fastest: float) -> float:
+    """Seconds of a step up to which a way counts as fast as the fastest."""
+    return fastest * (1 + _CLOSE) + _BLUR
+
+
+def _is_unbeaten(row: Row, job: Job, machines: Machines) -> bool:
+    """Whether no other way, each of which computes at least the same products, can come before the simplest one."""
+    if row.state != "fits" or row.time is None:
+        return False
+    gpu = machines.gpu
+    rate = gpu.full if job.train.precision == "fp32" else max(gpu.half, gpu.full)
+    return row.time.total <= _near(row.flops / machines.world / (rate * MATRIX))
+
+
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    """Those that fit, of the fastest the simplest first and the others by their time; then what is too large, by what
+    it takes; then what cannot be. ``rows`` come by how simple they are."""
+    fits = [(row, row.time.total) for row in rows if row.state == "fits" and row.time is not None]
+    near = _near(min((time for _, time in fits), default=0.0))
+    fits.sort(key=lambda pair: 0.0 if pair[1] <= near else pair[1])
+    large = sorted((row for row in rows if row.state == "too large"), key=lambda row: row.total)
+    return [*(row for row, _ in fits), *large, *(row for row in rows if row.state == "refused")]
 
 
 class _Look:
@@ -214,6 +197,20 @@ class _Look:
 
     def __init__(self, job: Job, machines: Machines, facts: Mapping[str, Any], runs: DryRuns) -> None:
         self._job, self._machines, self._facts, self._runs = job, machines, facts, runs
+
+    def further(
+        self, ways: Sequence[Candidate], rows: list[Row], *, everything: bool, said: Callable[[str], None]
+    ) -> int:
+        """Add rows, level by level, until one fits or ``everything`` was looked at; how many ways were not."""
+        skipped = 0
+        for depth, name in enumerate(_LEVELS):
+            level = [way for way in ways if way.depth == depth]
+            if depth and not everything and any(row.state == "fits" for row in rows):
+                skipped += len(level)
+            elif level:
+                said(f"following a step in {len(level)} {name}")
+                rows += self.at(level)
+        return skipped
 
     def at(self, ways: Sequence[Candidate]) -> list[Row]:
         """A row for each; one that does not fit is tried with less to keep, if the job leaves that open."""
@@ -228,7 +225,8 @@ class _Look:
     def _eased(self, row: Row, values: Mapping[str, Any]) -> Candidate | None:
         if row.state != "too large" or not values.items() - row.values.items() or not row.values:
             return None
-        way = with_values(self._job, {**row.values, **values}, world=self._machines.world)
+        machines = self._machines
+        way = with_values(self._job, {**row.values, **values}, nodes=machines.nodes, per_node=machines.per_node)
         return way if way.job is not None and not way.reason else None
 
     def _smaller(self, row: Row) -> Candidate | None:
@@ -250,7 +248,9 @@ class _Look:
 
     def _rows(self, ways: Sequence[Candidate]) -> list[Row]:
         asked = [(way, self._least(way), self._ask(way)) for way in ways]
-        return [least or self._row(way, [future.result() for future in futures]) for way, least, futures in asked]
+        return [
+            least or self._row(way, [self._runs.result(future) for future in futures]) for way, least, futures in asked
+        ]
 
     def _least(self, way: Candidate) -> Row | None:
         """The row of a way whose weights alone are too large, which needs no following."""
@@ -372,6 +372,15 @@ def _words(problem: Mapping[str, str]) -> str:
     return f"{problem['what']} ({problem['hint']})" if problem["hint"] else problem["what"]
 
 
+def label(values: Mapping[str, Any]) -> str:
+    """What a way to spread a job says, in few words: ``"fsdp, replicas 2, recompute"``."""
+    words: list[str] = []
+    for key, value in values.items():
+        name = key.rpartition(".")[2]
+        words.append(str(value) if name == "strategy" else name if value is True else f"{name} {value}")
+    return ", ".join(words)
+
+
 def size(count: float) -> str:
     """Bytes for people, as GPUs' memory is counted: ``"79.1 GiB"``."""
     if count < 1024:
@@ -381,13 +390,3 @@ def size(count: float) -> str:
         if count < 999.5:
             return f"{count:.3g} {unit}"
     return f"{count / 1024:,.1f} GiB"
-
-
-def _ram() -> int:
-    """This machine's memory, or what its control group leaves of it."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        return whole
-    return min(whole, int(limit)) if limit.isdigit() else whole

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.lease import RENEW, of_generation, release, renew, take
 from ..checkpoint.manifest import CorruptCheckpoint, Manifest
@@ -34,14 +35,23 @@ class Start:
     init: str = ""
     _before: tuple[Record, str] | None = None
 
-    def open(self, job: Job, runs: Path, yaml: str) -> RunDir:
-        """The run directory, made now if it is a new one, with ``job`` (also as text) as what it computes."""
+    @property
+    def chosen(self) -> Mapping[str, Any]:
+        """What the run that is continued has chosen for itself, by dotted key."""
+        return self.run.record.chosen if self.run is not None else {}
+
+    def open(self, job: Job, runs: Path, yaml: str, chosen: Mapping[str, Any] | None = None) -> RunDir:
+        """The run directory, made now if it is a new one, with ``job`` (also as text) as what it computes.
+
+        ``chosen`` is what of it was chosen, by dotted key.
+        """
         data = job.model_dump(mode="json")
         if self.run is None:
             self.run = RunDir.create(runs, job.name, data, origin=self.origin, init=self.init)
         else:
             self._before = self.run.record, self.run.read("job.yaml")
-            self.run.update(job=data)
+        if self._before is not None or chosen:
+            self.run.update(job=data, chosen=dict(chosen or {}))
         self.run.write("job.yaml", yaml)
         return self.run
 

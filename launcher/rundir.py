@@ -57,6 +57,7 @@ class Record:
         logs: the folder of the ranks' logs.
         ranks_per_node: how many ranks a node has had, each with the first generation that it is true of.
         submission: the key of the submitted job whose launch was the last; or empty.
+        chosen: what was chosen for it where its strategy was 'auto', by dotted key.
     """
 
     id: str
@@ -73,6 +74,7 @@ class Record:
     logs: str = ""
     ranks_per_node: tuple[tuple[int, int], ...] = ()
     submission: str = ""
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, run: Path) -> Self | None:
@@ -258,6 +260,8 @@ def differences(job: Job, earlier: Mapping[str, Any]) -> list[str]:
     """Dotted keys by which ``job`` would compute something else than ``earlier`` (a dumped job)."""
     ours, theirs = _flat(job.model_dump(mode="json")), _flat(earlier)
     free = tuple(f"{key}." for key in _FREE)
+    if job.parallel.is_open and job.train.microbatches == "auto":
+        free += ("train.microbatches.",)  # they may be chosen with the strategy
     keys = sorted(ours.keys() | theirs.keys())
     return [k for k in keys if ours.get(k) != theirs.get(k) and not f"{k}.".startswith(free)]
 

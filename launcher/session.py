@@ -41,6 +41,7 @@ class Options:
         master_addr: address for the rendezvous; the default is node 0's.
         master_port: port for the rendezvous; 0 takes a free one.
         submission: the key of the submitted job that this launch belongs to; or empty.
+        job_words: the job as a command line names it, for commands that are told; or empty.
     """
 
     address: str | None = None
@@ -54,6 +55,7 @@ class Options:
     master_addr: str | None = None
     master_port: int = 0
     submission: str = ""
+    job_words: tuple[str, ...] = ()
 
 
 @dataclass

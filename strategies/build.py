@@ -258,8 +258,12 @@ def check_parts(job: Job, recipe: Recipe, modules: Mapping[str, nn.Module]) -> N
     """Refuse what does not fit the recipe's parts, which may be on the meta device.
 
     Raises:
-        JobError: optimizers for parts that there are not, or a way to cut parts that they do not allow.
+        JobError: optimizers for parts that there are not, or a way to cut parts that they do not allow; or the strategy
+            is still open.
     """
+    if job.parallel.is_open:
+        hint = "name one; dltrain plan tells which would do"
+        raise JobError(Problem("only dltrain launch chooses a strategy", "parallel.strategy", hint))
     for name in job.train.parts:
         if name not in modules:
             hint = did_you_mean(name, modules)

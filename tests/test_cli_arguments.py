@@ -60,7 +60,7 @@ def test_the_option_surface_is_frozen() -> None:
         "--master-addr", "--master-port", "--max-restarts", "--monitor-interval", "--network-interface", "--nnodes",
         "--node-rank", "--nodes", "--nproc-per-node", "--numa-binding", "--placement", "--rdzv-backend", "--rdzv-conf",
         "--rdzv-endpoint", "--rdzv-id", "--redirects", "--resume", "--role", "--run-dir", "--start-method",
-        "--submission", "--tee",
+        "--strategy", "--submission", "--tee",
         "-r", "-t",
     ]  # fmt: skip
     assert sorted(name for name, takes_value in spellings.items() if not takes_value) == [

@@ -15,14 +15,15 @@ from dltrain.core.job import Job
 from dltrain.core.parallel import Parallel
 from dltrain.launcher.candidates import candidates, with_values
 from dltrain.launcher.dryruns import DryRuns
-from dltrain.launcher.plan import Machines, make_plan
+from dltrain.launcher.hardware import Machines
+from dltrain.launcher.plan import make_plan
 from dltrain.launcher.steptime import Sent, step_time
 
 LM = ("recipe=transformer", "data.source=stdlib_text", "data.options.length=64", "train.global_batch=64")
 
 
 def test_ways_that_arithmetic_refuses_have_a_reason() -> None:
-    ways = candidates(Job.model_validate({"train": {"global_batch": 12}}), world=16, per_node=8)
+    ways = candidates(Job.model_validate({"train": {"global_batch": 12}}), nodes=2, per_node=8)
     refused = {
         way.values.get("parallel.tensor", 1) * way.values.get("parallel.pipeline", 1): way.reason for way in ways
     }
@@ -32,11 +33,12 @@ def test_ways_that_arithmetic_refuses_have_a_reason() -> None:
 
 def test_ways_keep_what_the_job_says_beside_them() -> None:
     job = Job.model_validate({"parallel": {"strategy": "fsdp", "offload": "cpu", "tensor": 2}})
-    kept = {way.job.parallel.strategy: way.job.parallel for way in candidates(job, world=4, per_node=4) if way.job}
+    kept = {way.job.parallel.strategy: way.job.parallel for way in candidates(job, nodes=1, per_node=4) if way.job}
     assert kept["zero3"].offload == "cpu"
     assert kept["zero3"].tensor == 1
     assert kept["ddp"].offload == "none"
-    assert "replicas" in with_values(job, {"parallel.strategy": "ddp", "parallel.replicas": 2}, world=4).reason
+    both = with_values(job, {"parallel.strategy": "ddp", "parallel.replicas": 2}, nodes=1, per_node=4)
+    assert "replicas" in both.reason
 
 
 def test_names_of_gpus() -> None:

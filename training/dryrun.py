@@ -26,7 +26,7 @@ from ..core.job import Job
 from ..data.sources import open_source
 from ..data.split import split_source
 from ..strategies.ledger import KINDS, Rates
-from ..strategies.shallow import Shallow, cut_to, find_stack
+from ..strategies.shallow import Shallow, Stack, cut_to, find_stack
 from .follow import follow
 from .recipes import build_parts, load_recipe
 from .standin import Course, Device, Sample, Setting, StandIn, along, fewer, same
@@ -59,7 +59,44 @@ class Footprint:
     parameters: int
 
 
-def footprint(job: Job, setting: Setting) -> Footprint:
+@dataclass(frozen=True)
+class Model:
+    """A job's recipe, and its parts without memory.
+
+    Attributes:
+        parameters: of the whole model.
+        stack: the like blocks of which few may stand for many, if there are enough.
+    """
+
+    recipe: Recipe
+    modules: Mapping[str, nn.Module]
+    parameters: int
+    stack: Stack | None
+
+
+class Models:
+    """Builds models; the newest is kept, since requests mostly ask about one and the same."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, str] | None = None
+        self._newest: Model | None = None
+
+    def of(self, job: Job) -> Model:
+        """The job's model.
+
+        Raises:
+            JobError: as :func:`load_recipe`.
+        """
+        key = job.recipe, json.dumps(job.model)
+        if self._newest is None or self._key != key:
+            recipe = load_recipe(job)
+            modules = build_parts(recipe)
+            parameters = sum(weight.numel() for module in modules.values() for weight in module.parameters())
+            self._key, self._newest = key, Model(recipe, modules, parameters, find_stack(recipe, modules))
+        return self._newest
+
+
+def footprint(job: Job, setting: Setting, model: Model) -> Footprint:
     """What ``setting.rank`` takes for a step of ``job``.
 
     A model with many like blocks is followed with few of them, and many ranks that share one out are followed as few:
@@ -68,27 +105,24 @@ def footprint(job: Job, setting: Setting) -> Footprint:
     Raises:
         JobError: the job does not fit the recipe, or what it computes depends on values.
     """
-    recipe = load_recipe(job)
-    modules = build_parts(recipe)
-    parameters = sum(weight.numel() for module in modules.values() for weight in module.parameters())
     parallel = job.parallel
     data = parallel.axes(setting.world)["data"]
     shards = data // parallel.replicas
     if parallel.zero_stage and parallel.deepspeed is None and data > _FEW[1]:
-        few, more = (_deep(recipe, modules, fewer(job, setting, ranks), checked=False) for ranks in _FEW)
+        few, more = (_deep(model, fewer(job, setting, ranks), checked=False) for ranks in _FEW)
         distance = (1 / data - 1 / _FEW[1]) / (1 / _FEW[1] - 1 / _FEW[0])
-        course = along(few, more, distance) or _deep(recipe, modules, same(job, setting))
+        course = along(few, more, distance) or _deep(model, same(job, setting))
     elif parallel.strategy == "fsdp" and shards > _MANY:
-        course = _deep(recipe, modules, fewer(job, setting, _MANY)).scaled(_MANY / shards)
+        course = _deep(model, fewer(job, setting, _MANY)).scaled(_MANY / shards)
     else:
-        course = _deep(recipe, modules, same(job, setting))
-    return _sum_up(course, parameters)
+        course = _deep(model, same(job, setting))
+    return _sum_up(course, model.parameters)
 
 
-def _deep(recipe: Recipe, modules: Mapping[str, nn.Module], world: StandIn, *, checked: bool = True) -> Course:
+def _deep(model: Model, world: StandIn, *, checked: bool = True) -> Course:
     """The course of the whole model, from shallow ones where that can be; ``checked`` by one more of them."""
-    stack = find_stack(recipe, modules) if world.job.parallel.pipeline == 1 else None
-    if stack is not None:
+    recipe, modules, stack = model.recipe, model.modules, model.stack
+    if stack is not None and world.job.parallel.pipeline == 1:
         shallow: list[Course] = []
         for depth in _DEPTHS if checked else _DEPTHS[:2]:
             with cut_to(modules, stack, depth):
@@ -125,35 +159,34 @@ def _by_kind(sizes: Sequence[float]) -> dict[str, float]:
     return {str(kind): size for kind, size in zip(KINDS, sizes, strict=True)}
 
 
-def look(job: Job) -> dict[str, Any]:
+def look(job: Job, model: Model) -> dict[str, Any]:
     """What a sample of the job's data consists of, how many there are, and how large the model is.
 
     Raises:
-        JobError: the data or the recipe are not there, or not what the job says.
+        JobError: the data are not there, or not what the job says.
     """
     source = open_source(job.data)
     parts = split_source(source, job.data.split)
     fields = source.fetch(np.zeros(1, dtype=np.int64))
-    recipe = load_recipe(job)
-    modules = build_parts(recipe)
-    weights = [weight for module in modules.values() for weight in module.parameters()]
+    weights = [weight for module in model.modules.values() for weight in module.parameters()]
     return {
         "samples": {
             name: {"shape": list(value.shape[1:]), "dtype": str(value.dtype).removeprefix("torch.")}
             for name, value in fields.items()
         },
         "counts": {name: len(indices) for name, indices in parts.items()},
-        "parameters": sum(weight.numel() for weight in weights),
+        "parameters": model.parameters,
         "bytes": sum(weight.numel() * weight.element_size() for weight in weights),
-        "units": any(recipe.layout(name).units for name in modules),
+        "units": any(model.recipe.layout(name).units for name in model.modules),
     }
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
+def answer(request: dict[str, Any], models: Models) -> dict[str, Any]:
     """What a request asks for: to look at a job, or for a footprint; or the problems, as JSON has them."""
     try:
         job = Job.model_validate(request["job"])
-        return look(job) if request["ask"] == "look" else asdict(footprint(job, _setting(request)))
+        model = models.of(job)
+        return look(job, model) if request["ask"] == "look" else asdict(footprint(job, _setting(request), model))
     except JobError as error:
         return {"problems": [asdict(problem) for problem in error.problems]}
     except Exception as error:  # a user's recipe may raise anything
@@ -180,8 +213,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.path.insert(0, str(Path.cwd()))
+    models = Models()
     for line in sys.stdin:
-        answers.write(json.dumps(answer(json.loads(line))) + "\n")
+        answers.write(json.dumps(answer(json.loads(line), models)) + "\n")
         answers.flush()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.checks import check_job
-from ...core.errors import DltrainError, JobError, RunFailed
+from ...core.errors import DltrainError, JobError, Problem, RunFailed
 from ...core.job import Job
 from ..interrupt import StopRequests
 from ..rundir import newest_run
@@ -201,6 +201,9 @@ def campaign(job: Job) -> Generator[Campaign]:
     """
     with StopRequests() as stop, Stand(job, stop.leave_if_asked) as stand:
         problems = check_job(job, world=stand.world)
+        if job.parallel.is_open:
+            what = "runs that are compared to the bit need the same strategy, and each would choose for itself"
+            problems.append(Problem(what, "parallel.strategy", "name one"))
         if problems:
             raise JobError(*problems)
         trials = Campaign(job, stand, Path(tempfile.mkdtemp(prefix="dltrain-chaos-")), stop)
