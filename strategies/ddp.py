@@ -83,8 +83,10 @@ class _OneAfterAnother(nn.Module):
         sparse = {table.weight for table in tables}  # whose gradients have to be
 
         def used(weight: nn.Parameter) -> Tensor:
-            row = torch.zeros(1, dtype=torch.long, device=weight.device)
-            return functional.embedding(row, weight, sparse=True) if weight in sparse else weight
+            if weight in sparse:
+                row = torch.zeros(1, dtype=torch.long, device=weight.device)
+                return functional.embedding(row, weight, sparse=True)
+            return torch.view_as_real(weight) if weight.is_complex() else weight
 
         weights = [weight for weight in self.module.parameters() if weight.requires_grad]
         return functools.reduce(lambda total, weight: total + 0 * used(weight).sum(), weights, torch.zeros(()))

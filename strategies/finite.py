@@ -30,8 +30,14 @@ def check(gradients: list[Tensor], *, inverse: float, device: torch.device) -> T
     found = torch.zeros((), device=device)
     if gradients:
         kernel = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]  # GradScaler's
-        kernel(gradients, found, torch.full((), inverse, device=device))
+        kernel([_numbers(gradient) for gradient in gradients], found, torch.full((), inverse, device=device))
     return found
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    """The real numbers that a gradient consists of, in its memory."""
+    held = gradient._values() if gradient.is_sparse else gradient
+    return torch.view_as_real(held) if held.is_complex() else held
 
 
 def all_finite(weights: Sequence[Weight], *, apart: bool, device: torch.device) -> bool:

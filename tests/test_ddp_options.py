@@ -1,4 +1,4 @@
-"""Compressed gradients: they train, close to whole ones, and are not the same."""
+"""Gradients under ddp: compressed ones train close to whole ones, and are not the same; odd ones train as any."""
 
 from __future__ import annotations
 
@@ -41,3 +41,15 @@ def test_powersgd_begins_when_it_is_told_to(tmp_path: Path) -> None:
     small = train_ranks(tmp_path / "small", 2, *job, "parallel.compress=powersgd", "parallel.powersgd_start=4").losses()
     assert small[:5] == pytest.approx(whole[:5], rel=1e-6)
     assert small[5] != pytest.approx(whole[5], rel=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["Spectral", "Sparse"])
+def test_complex_weights_and_sparse_gradients_train_on_any_number_of_ranks(tmp_path: Path, recipe: str) -> None:
+    plain = "train.optimizer={name: sgd, lr: 0.01, momentum: 0.0}"
+    job = (f"recipe=odd_recipes:{recipe}", plain, "train.steps=6", "train.microbatches=2")
+    found: list[list[float]] = []
+    for world in (1, 2):
+        (tmp_path / str(world)).mkdir()
+        found.append(train_ranks(tmp_path / str(world), world, *job).losses())
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[0][-1] != found[0][0]
