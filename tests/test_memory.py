@@ -74,6 +74,14 @@ def test_a_part_of_the_images_is_not_taken_for_the_whole() -> None:
         )
 
 
+def test_a_rank_whose_pieces_others_copy_has_an_image_of_nothing() -> None:
+    shards = rows(make_state(3), 1)[0]
+    stages = [an_image(shards, mine, rank=rank, world=2, generation=1) for rank, mine in enumerate((held(shards), []))]
+    found = Images([Image(stage.fd) for stage in stages])
+    assert found.whole
+    assert read(found, found.manifest).keys() == shards.keys()
+
+
 def test_an_image_does_not_count_while_it_is_written() -> None:
     stage = images(1)[0]
     raw = copy_image(stage.fd)

@@ -142,6 +142,8 @@ class Stage:
         put_head(self._memory, self._head(), counts=False)
         if self._views[0] is not plan:
             self._views = plan, [self._view(planned, at) for planned, at in zip(plan.pieces, plan.begins, strict=True)]
+        if not plan.pieces:  # others hold all there is
+            return
         with torch.no_grad():
             torch._foreach_copy_(self._views[1], holdings.views(plan))  # pyright: ignore[reportPrivateImportUsage]  # documented
 
