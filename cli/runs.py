@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import JobError, RunFailed
+from ..core.streams import lead_nowhere
 from ..launcher.logs import Logs, Pick
 from ..launcher.runs import RunStatus, all_runs, launched, look, stop_run
 from ..launcher.submit.adapter import OVER, JobState
@@ -60,7 +60,8 @@ def _rows(status: RunStatus) -> list[tuple[str, str]]:
     if losses:
         rows.append(("loss", "  ".join(losses)))
     if status.world:
-        nodes = f"{len(status.nodes)} nodes: {', '.join(dict.fromkeys(status.nodes))}"
+        count = f"{len(status.nodes)} node{'s' if len(status.nodes) > 1 else ''}"
+        nodes = f"{count}: {', '.join(dict.fromkeys(status.nodes))}"
         rows.append(("ranks", f"{status.world} on {nodes}"))
     rows += [(f"  rank {r['rank']}", _place(r)) for r in status.ranks]
     restarts = f", {status.restarts} restarts since the last launch" if status.restarts else ""
@@ -167,7 +168,7 @@ def show_logs(run: str | None, runs: Path, *, pick: Pick, follow: bool) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it flushes at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lead_nowhere(sys.stdout.fileno())
     return 0
 
 

@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ..core.errors import Interrupted
+from ..core.streams import lead_nowhere
 
 _ONE_REQUEST = 0.3  # seconds; a parent such as `make` or `uv run` passes on what the terminal has sent already
 
@@ -76,6 +77,4 @@ class StopRequests:
     def _let_go_of_terminals(self) -> None:
         """The terminal is gone, and writing to it an error: from now on our words go nowhere."""
         while self._terminals:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._terminals.pop())
-            os.close(null)
+            lead_nowhere(self._terminals.pop())

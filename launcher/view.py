@@ -14,6 +14,7 @@ from statistics import harmonic_mean
 from typing import IO, TYPE_CHECKING, Any
 
 from ..core.rows import RunRow
+from ..core.streams import lead_nowhere
 from .messages import NodeInfo, RankBeat, Stream
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class ScriptView(View):
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            print(f"dltrain: {text}", file=sys.stderr, flush=True)  # noqa: T201  # a view is what prints
+            _write(sys.stderr, f"dltrain: {text}\n")
 
     def nodes(self, nodes: Sequence[NodeInfo], nproc: int) -> None:
         self._nproc = nproc
@@ -135,7 +136,7 @@ class ScriptView(View):
             self._partial[rank, stream] = time.monotonic() if end else since, text[end:]
         if end:
             lines = text[: end - 1].split(b"\n") if prefix else ()
-            _write_raw(stream, b"".join(prefix + line + b"\n" for line in lines) or text[:end])
+            _write(getattr(sys, stream), b"".join(prefix + line + b"\n" for line in lines) or text[:end])
 
     def beats(self, node: int, beats: Sequence[RankBeat]) -> None:
         self._write_unfinished(before=time.monotonic() - _UNFINISHED)
@@ -147,18 +148,25 @@ class ScriptView(View):
         for (rank, stream), (at, rest) in list(self._partial.items()):
             prefix = self._rules.prefix(rank, rank % self._nproc, stream) or b""
             if at < before and (not prefix or before == math.inf):  # a prefix is for whole lines
-                _write_raw(stream, prefix + rest)
+                _write(getattr(sys, stream), prefix + rest)
                 del self._partial[rank, stream]
 
 
-def _write_raw(stream: Stream, data: bytes) -> None:
-    out: IO[str] = sys.stdout if stream == "stdout" else sys.stderr
+def _write(out: IO[str], data: bytes | str) -> None:
+    """Show text. Where nobody takes it, since a pipe's reader is gone or a disk is full, that ends no run: what is said
+    from then on is lost.
+    """
     buffer = getattr(out, "buffer", None)
-    if buffer is None:  # a notebook's stream
-        out.write(data.decode(errors="replace"))
-    else:
-        buffer.write(data)
-    out.flush()
+    try:
+        if isinstance(data, str):
+            out.write(data)
+        elif buffer is None:  # a notebook's stream
+            out.write(data.decode(errors="replace"))
+        else:
+            buffer.write(data)
+        out.flush()
+    except OSError:
+        lead_nowhere(out.fileno())
 
 
 @dataclass
@@ -231,7 +239,7 @@ class PlainView(View):
         pass
 
     def note(self, text: str) -> None:
-        print(text, flush=True)  # noqa: T201  # a view is what prints
+        _write(sys.stdout, f"{text}\n")
 
     def setup(self, facts: Mapping[str, Any]) -> None:
         self._state.total_steps = facts["total_steps"]

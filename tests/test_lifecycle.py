@@ -127,6 +127,15 @@ def test_a_stop_while_the_recipe_is_imported_leaves_nothing(box: Sandbox) -> Non
     assert not (box.folder / "runs").exists()
 
 
+def test_a_run_goes_on_when_nobody_reads_what_it_says(box: Sandbox) -> None:
+    with box.start("launch", *JOB, "model.say=hello") as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, err = process.communicate(timeout=120)
+    assert (process.returncode, "Traceback" in err) == (0, False), err
+    assert run_of(box).record()["state"] == "finished"
+
+
 @pytest.mark.slow
 def test_a_launch_that_was_suspended_has_lost_nobody_when_it_goes_on(box: Sandbox, reference: RunFolder) -> None:
     closed = gate(box)
