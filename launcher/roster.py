@@ -122,7 +122,8 @@ class Roster:
         if member is None:
             return False
         self._blame(member)
-        return member.machine in self._excluded() and bool(self._spares)
+        excluded = self._excluded()
+        return member.machine in excluded and any(spare.machine not in excluded for spare in self._spares)
 
     def crew(self, waited: float) -> Crew:
         """What there is to go on with, ``waited`` seconds after a loss."""
@@ -140,12 +141,16 @@ class Roster:
 
     def settle(self, count: int) -> str:
         """Have ``count`` nodes train: spares take the places of lost nodes, or add to them; what was done, in words."""
-        done = [f"{host} is not used any more after {LOSSES} failures" for host in self._newly_excluded]
-        self._newly_excluded.clear()
+        done: list[str] = []
         for node, member in enumerate(self._nodes):
             if member is None and self._spares:
                 self._nodes[node] = self._spares.pop(0)
                 done.append(f"another ({self._nodes[node]}) took the place of node {node}")
+        used = {str(member) for member in self._nodes if member is not None}
+        done += [
+            f"{host} is not used any more after {LOSSES} failures" for host in self._newly_excluded if host not in used
+        ]
+        self._newly_excluded.clear()
         members = [member for member in self._nodes if member is not None]
         before = len(self._nodes)
         while len(members) < count:
@@ -227,11 +232,13 @@ class Roster:
 
     def _avoided(self) -> set[str]:
         now = time.monotonic()
-        avoided = self._excluded() | {machine for machine, until in self._suspects.items() if until > now}
+        avoided = {machine for machine, until in self._suspects.items() if until > now}
         if self._spread:
             members = [member for member in (*self._nodes, *self._spares) if member is not None]
             avoided |= {member.machine for member in members} | {recruit.machine for recruit in self._recruits}
-        return avoided
+        excluded = self._excluded()
+        there_is_another = bool(excluded) and self._cluster.has_room(avoided | excluded)
+        return avoided | excluded if there_is_another else avoided
 
     def _blame(self, member: Member) -> None:
         before = self._excluded()
