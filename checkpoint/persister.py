@@ -41,7 +41,9 @@ from .saving import GivenUp, Patience, Saving, Snapshot, snapshot_from
 AFTERLIFE = 30.0
 """Seconds that a snapshot gets when its rank is gone."""
 
-_SETTLE = 10.0  # seconds until a checkpoint is completed although the metrics before it are not on the disk
+# Seconds until a checkpoint is completed although the metrics before it are not on the disk: longer than a node that
+# tells nothing is waited for, as the metrics that it holds up are lost with it and must be computed again.
+_SETTLE = 45.0
 _ALONE, _ALONE_WHY = 1.0, "the other ranks have ended"
 _REPLACED = "a newer one took its place"
 _STUCK = 2.0  # seconds that a request to the storage gets when nobody waits for it any more
