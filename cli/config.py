@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin
 
@@ -19,6 +19,7 @@ from ..core.config import DEFAULT, ResolvedJob, job_values, load_job
 from ..core.document import parse_value
 from ..core.errors import JobError
 from ..core.job import Job
+from ..core.schema import Path as Key
 from ..core.schema import expected, members, section_of
 from ..models.registry import RECIPES
 from .arguments import job_target
@@ -77,17 +78,20 @@ def resolved_yaml(resolved: ResolvedJob, *, note: str = "") -> Iterator[str]:
     """The job as YAML that loads back to it, each value with its origin as a comment."""
     if note:
         yield dim(f"# {note}", sys.stdout)
+    yield from commented_yaml((key, value, resolved.origins[".".join(key)]) for key, value in job_values(resolved.job))
+
+
+def commented_yaml(values: Iterable[tuple[Key, Any, str]]) -> Iterator[str]:
+    """Values by key path as YAML, each with its comment, those of a section one after another."""
     rows: list[tuple[str, str]] = []
     above: tuple[str, ...] = ()
-    for key, value in job_values(resolved.job):
+    for key, value, comment in values:
         shared = next((i for i, (a, b) in enumerate(zip(above, key[:-1], strict=False)) if a != b), None)
         start = min(len(above), len(key) - 1) if shared is None else shared
         rows += [("  " * depth + f"{yaml_value(key[depth])}:", "") for depth in range(start, len(key) - 1)]
         above = key[:-1]
-        rows.append(
-            ("  " * len(above) + f"{yaml_value(key[-1])}: {yaml_value(value)}", resolved.origins[".".join(key)])
-        )
-    column = max(len(text) for text, origin in rows if origin and len(text) <= _COLUMN)
+        rows.append(("  " * len(above) + f"{yaml_value(key[-1])}: {yaml_value(value)}", comment))
+    column = max((len(text) for text, comment in rows if comment and len(text) <= _COLUMN), default=0)
     for text, origin in rows:
         comment = f"  # {origin}"
         shown = dim(comment, sys.stdout) if origin == DEFAULT else comment

@@ -124,6 +124,37 @@ def init(
     init_job(Path(path), force=force)
 
 
+@config.command("import", no_args_is_help=True)
+def import_config(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE…",
+            help="Accelerate's default_config.yaml, DeepSpeed's JSON and hostfile; or, after --, a command line of "
+            "accelerate launch or deepspeed.",
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", metavar="PATH", help="File to write (default: print it).", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    r"""Turn what Accelerate or DeepSpeed is told into a job file, and into the command that runs your script.
+
+    dltrain config import default_config.yaml -o job.yaml
+
+    dltrain config import hostfile ds_config.json -o job.yaml
+
+    dltrain config import -- deepspeed --num_gpus 2 train.py --deepspeed_config ds_config.json
+    """
+    from pathlib import Path
+
+    from .config_import import import_peer_files
+
+    import_peer_files(words, None if output is None else Path(output), force=force)
+
+
 @data.command("show")
 def show_data(
     target: Annotated[list[str] | None, typer.Argument(metavar="TARGET", help=_JOB_HELP, show_default=False)] = None,

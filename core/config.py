@@ -73,7 +73,7 @@ def load_job(
     layers.add_environment(environ or {})
     layers.add_overrides(overrides)
     layers.add_flags(flags or {})
-    job, faults = _validate(layers.nested())
+    job, faults = validate_values(layers.nested())
     problems = [*layers.problems, *(_placed(problem, layers.place(key)) for key, problem in faults)]
     if whole:
         check = check_references if faults else check_job  # a value left out would make sums wrong
@@ -83,8 +83,12 @@ def load_job(
     return ResolvedJob(job, layers.origins(job), path)
 
 
-def _validate(nested: dict[str, Any]) -> tuple[Job, list[tuple[Key, Problem]]]:
-    """The job of ``nested``, without the values that are wrong, and the problem of each of those."""
+def validate_values(nested: dict[str, Any]) -> tuple[Job, list[tuple[Key, Problem]]]:
+    """The job of ``nested``, from which the values that are wrong are removed, and the problem of each of those.
+
+    Raises:
+        JobError: nothing can be left out that would make it right.
+    """
     faults: list[tuple[Key, Problem]] = []
     while True:
         try:

@@ -23,8 +23,25 @@ _VERSION = "0.19"  # whose insides strategies/deepspeed_state.py knows
 _FILE = "parallel.deepspeed"
 _HANDS_OFF = "leave it out of the file"
 
+#: Keys of a configuration's section ``zero_optimization``, in the spelling of the files.
+ZERO_KEYS = (
+    *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
+    *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "load_from_fp32_weights"),
+    *("elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow", "sub_group_size", "cpu_offload_param"),
+    *("cpu_offload_use_pin_memory", "cpu_offload", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+    *("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+    *("stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold"),
+    *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential"),
+    *("stage3_gather_fp16_weights_on_model_save", "ignore_unused_parameters", "legacy_stage1"),
+    *("round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size", "zero_quantized_weights"),
+    *("zero_quantized_nontrainable_weights", "zero_quantized_gradients", "mics_shard_size"),
+    *("mics_hierarchical_params_gather", "memory_efficient_linear", "pipeline_loading_checkpoint"),
+    *("override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
+    *("save_muon_momentum_buffer_in_memory", "leaf_module"),
+)
+
 # Keys that would break what a job promises, by what they would do.
-_REFUSED = {
+_BY_HARM = {
     "changes what is computed": (
         *("amp", "communication_data_type", "compression_training", "curriculum_learning", "data_efficiency"),
         *("data_types", "eigenvalue", "elasticity", "gradient_allreduce_op", "managed_gradient_accumulation"),
@@ -47,6 +64,7 @@ _REFUSED = {
         "activation_checkpointing",
     ),
 }
+REFUSED = {key: why for why, keys in _BY_HARM.items() for key in keys}
 
 
 def check_zero(job: Job, world: int | None) -> Iterator[Problem]:
@@ -94,13 +112,13 @@ def read_native(job: Job) -> dict[str, Any]:
         raise JobError(Problem(f"'{path}' is no JSON: {error}", _FILE)) from None
     if not isinstance(value, dict):
         raise JobError(Problem(f"'{path}' holds no JSON object", _FILE))
-    return _settled(cast("dict[str, Any]", value))
+    return without_auto(cast("dict[str, Any]", value))
 
 
-def _settled(section: dict[str, Any]) -> dict[str, Any]:
-    """Without what is 'auto', which is Hugging Face's word for: as the training says."""
+def without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what is 'auto', which is Hugging Face's word for: as the training says."""
     return {
-        key: _settled(cast("dict[str, Any]", value)) if isinstance(value, dict) else value
+        key: without_auto(cast("dict[str, Any]", value)) if isinstance(value, dict) else value
         for key, value in section.items()
         if value != "auto"
     }
@@ -167,10 +185,8 @@ def _determined(job: Job, world: int | None) -> dict[str, tuple[Any, str]]:
 
 def _contradictions(native: dict[str, Any], job: Job, world: int | None) -> Iterator[Problem]:
     """Keys of the native configuration that the job says otherwise, or that it cannot have."""
-    for reason, keys in _REFUSED.items():
-        for key in keys:
-            if not _is_off(_look_up(native, key)):
-                yield Problem(f"{job.parallel.deepspeed}: {key} {reason}", _FILE, _HANDS_OFF)
+    for key, why in refused(native):
+        yield Problem(f"{job.parallel.deepspeed}: {key} {why}", _FILE, _HANDS_OFF)
     try:
         determined = _determined(job, world)
     except JobError:  # the microbatches do not fit the world, which is told elsewhere
@@ -187,6 +203,11 @@ def _contradictions(native: dict[str, Any], job: Job, world: int | None) -> Iter
         if theirs != ours:
             what = f"{job.parallel.deepspeed}: {key} is {json.dumps(theirs)}, the job's {where} says {json.dumps(ours)}"
             yield Problem(what, _FILE, f"make them agree, or {_HANDS_OFF}")
+
+
+def refused(native: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys of a native configuration that would break what a job promises, and what each would do."""
+    yield from ((key, why) for key, why in REFUSED.items() if not _is_off(_look_up(native, key)))
 
 
 def _is_off(value: Any) -> bool:

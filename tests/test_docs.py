@@ -30,6 +30,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BIN = Path(sys.executable).parent
 NAMED = ("books",)  # folders of text that examples name
+PEERS = {  # files of other launchers that examples name
+    "default_config.yaml": "distributed_type: MULTI_GPU\nnum_processes: 8\n",
+    "ds_config.json": '{"zero_optimization": {"stage": 2}}',
+    "hosts": "node1 slots=8\nnode2 slots=8\n",
+}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -78,13 +83,17 @@ def named_files() -> Iterator[tuple[str, str]]:
 def test_commands_can_be_typed(line: str, folder: Path) -> None:
     words = shlex.split(line, comments=True)
     words = words[1 : words.index(">") if ">" in words else None]
-    for word in words:  # what an example names is there
+    for before, word in zip(["", *words], words, strict=False):  # what an example names is there
+        if before == "-o":  # and what it writes is not
+            continue
         if word in NAMED:
             Path(word).mkdir()
             Path(word, "a.txt").write_text("text " * 500, encoding="utf-8")
         elif word.removeprefix("data.source=").endswith(".tokens") and words[1] == "show":
             Path("a.txt").write_text("text " * 500, encoding="utf-8")
             prepare(["a.txt"], word.removeprefix("data.source="))
+        elif word in PEERS:
+            Path(word).write_text(PEERS[word], encoding="utf-8")
         elif word in TEMPLATES.values():
             if words[1] != "init":
                 Path(word).write_text(template(Path(word).stem), encoding="utf-8")

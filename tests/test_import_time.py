@@ -73,6 +73,7 @@ def test_the_help_of_dltrain_is_leanest() -> None:
         "config show --json",
         "config schema",
         "config init",
+        "config import default_config.yaml",
         "status",
         "launch nothing.yaml",
         "launch train.epoch=3",
@@ -83,6 +84,7 @@ def test_the_help_of_dltrain_is_leanest() -> None:
 def test_what_reads_a_job_imports_nothing_heavy(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text("import torch\nclass Mine: ...\n", encoding="utf-8")
+    Path("default_config.yaml").write_text("num_processes: 8\n", encoding="utf-8")
     assert not imported(*line.split()) & HEAVY
 
 

@@ -35,7 +35,7 @@ class Ssh(Adapter):
     ends_with_submitter = True
 
     def __init__(self, hosts: tuple[Host, ...]) -> None:
-        self._hosts = hosts
+        self.hosts = hosts
 
     @classmethod
     def read(cls, path: Path, document: Document) -> Ssh:
@@ -65,17 +65,17 @@ class Ssh(Adapter):
     def check(self) -> list[str]:
         """The hosts; none of them is asked."""
         return [
-            f"{len(self._hosts)} hosts over ssh",
-            *(f"{host.name}, {host.slots or 'any number of'} ranks" for host in self._hosts),
+            f"{len(self.hosts)} hosts over ssh",
+            *(f"{host.name}, {host.slots or 'any number of'} ranks" for host in self.hosts),
         ]
 
     def _plan(self, submission: Submission, number: str) -> Plan:
         nodes = submission.machines
-        if nodes > len(self._hosts):
-            what = f"the job wants {nodes} nodes, the hostfile has {len(self._hosts)}"
+        if nodes > len(self.hosts):
+            what = f"the job wants {nodes} nodes, the hostfile has {len(self.hosts)}"
             raise JobError(Problem(what, "--nodes", "add hosts, or ask for fewer"))
         ranks = submission.resources.nproc_per_node
-        known = [(host.slots, host.name) for host in self._hosts[:nodes] if host.slots is not None]
+        known = [(host.slots, host.name) for host in self.hosts[:nodes] if host.slots is not None]
         slots, fewest = min(known, default=(0, ""))
         if isinstance(ranks, int) and known and slots < ranks:
             what = f"the job wants {ranks} ranks a node, {fewest} has {slots} slots"
@@ -84,7 +84,7 @@ class Ssh(Adapter):
         if ranks == "auto" and known:
             launch.append(f"--nproc-per-node={slots}")
         return Plan(
-            hosts=self._hosts[:nodes],
+            hosts=self.hosts[:nodes],
             path=str(Path(sys.executable).parent),
             folder=str(submission.folder),
             launch=(*launch, f"--submission={self.kind}-{number}"),

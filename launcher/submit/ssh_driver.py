@@ -22,7 +22,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Self
 
-_PREFIXES = ("DLTRAIN_", "WANDB_", "NCCL_", "GLOO_", "OMP_", "TORCH_", "AWS_", "HF_", "PYTHON")
+_PREFIXES = (
+    *("DLTRAIN_", "WANDB_", "NCCL_", "GLOO_", "OMP_", "TORCH_", "AWS_", "HF_", "PYTHON"),
+    *("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "DS_"),  # what Accelerate and DeepSpeed read
+)
 _GRACE = 30.0  # seconds for Ray to end on a host
 _POLL = 0.1
 
