@@ -14,7 +14,7 @@ from .cluster import ClusterError, loss_of
 from .messages import NodeInfo
 
 LEASE = 15.0
-"""Seconds without a call from the controller after which an agent on another machine ends its ranks."""
+"""Seconds without a call from the controller after which an agent of an existing cluster ends its ranks."""
 
 _LAG = 5.0  # seconds until a file that was just made is seen on every machine that shares the folder
 

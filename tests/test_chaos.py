@@ -174,6 +174,16 @@ def test_a_run_that_comes_out_otherwise_is_told_and_kept(sandbox: Sandbox) -> No
 
 
 @pytest.mark.slow
+def test_a_job_that_fails_by_itself_leaves_its_report(sandbox: Sandbox) -> None:
+    done = sandbox.run("chaos", *JOB, "train.optimizer.lr=1e30", "--faults", "kill:rank=0@60")
+    assert (done.returncode, "the job fails without any fault" in done.stderr) == (1, True), done.stderr
+    report = re.search(r"report: (\S+)", done.stderr)
+    assert report
+    assert Path(report[1]).exists()
+    shutil.rmtree(next(sandbox.temporary.glob("dltrain-chaos-*")))
+
+
+@pytest.mark.slow
 def test_a_fault_that_comes_too_late_is_no_success(sandbox: Sandbox) -> None:
     done = sandbox.run("chaos", *JOB, "--faults", "kill:rank=0@999s")
     assert done.returncode == 1, done.stderr + done.stdout

@@ -116,6 +116,7 @@ class Campaign:
         folder, done = self._launch("clean", (), limit=_FIRST)
         if done.code:
             error = JobError if done.code == 2 else RunFailed
+            self._kept = error is RunFailed  # its words name a report
             raise error(f"the job fails without any fault: {_tail(folder / 'launch.log')}")
         trace = Trace.read(self._run(folder))
         shutil.rmtree(folder)
