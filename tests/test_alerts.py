@@ -72,7 +72,10 @@ def test_each_alert_is_sent_once_though_its_sender_is_killed(tmp_path: Path, mon
         journal.flush()
         raise_alert(tmp_path, "A failure", "rank 1 was killed", "WARN")
         wait_for(lambda: RUN in server.runs and server.runs[RUN].alerts, what="the alert")
-        for pid in feeds(tmp_path):
+        wait_for((tmp_path / "wandb/alerts-sent").exists, what="the note that it was sent")
+        senders = feeds(tmp_path)
+        assert senders
+        for pid in senders:
             os.kill(pid, signal.SIGKILL)
         raise_alert(tmp_path, "The run failed", "rank 1 was killed again", "ERROR")
         (tmp_path / "summary.json").write_text(json.dumps({"goodput": 0.75}))
