@@ -6,7 +6,9 @@
 
 The rank takes the last word away before it touches the rest, and gives it back when all is there. So an image that was
 being written when its rank died does not count. Whoever copies one while its rank lives looks at the head before and
-after: it is numbered. Bytes carry no hash: they have not left the memory of the machine that wrote them.
+after: it is numbered. Bytes carry no hash: they have not been on a disk.
+
+Page 0 has a word of the agent's too: the number of the image that another node has a copy of.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ DATA = 4096
 
 _MAGIC = 0x64_6C_74_72_69_6D_67_31
 _HEAD = struct.Struct("@12q")
-_COUNTS = struct.Struct("@q")
-_COUNTS_AT = _HEAD.size - _COUNTS.size
-_CHUNK = 64 << 20
+_WORD = struct.Struct("@q")
+_COUNTS_AT = _HEAD.size - _WORD.size
+_MARKED_AT = _COUNTS_AT - _WORD.size
+_COPIED_AT = 1024
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Head:
         capacity: bytes that pieces have room in.
         data: bytes that the pieces take.
         text: bytes of the lines.
+        marked: 1 where another node is to hold a copy, for as long as the rank keeps the image for that.
     """
 
     number: int
@@ -57,6 +61,7 @@ class Head:
     capacity: int
     data: int
     text: int
+    marked: int
 
     @property
     def size(self) -> int:
@@ -66,10 +71,26 @@ class Head:
 
 def put_head(page: mmap.mmap, head: Head, *, counts: bool) -> None:
     """Write the head; the word that makes the image count comes last."""
-    _COUNTS.pack_into(page, _COUNTS_AT, 0)
-    _HEAD.pack_into(page, 0, _MAGIC, *astuple(head), 0, 0)
+    _WORD.pack_into(page, _COUNTS_AT, 0)
+    _HEAD.pack_into(page, 0, _MAGIC, *astuple(head), 0)
     if counts:
-        _COUNTS.pack_into(page, _COUNTS_AT, 1)
+        _WORD.pack_into(page, _COUNTS_AT, 1)
+
+
+def unmark(page: mmap.mmap) -> None:
+    """Say that the rank does not keep the image for a copy any more."""
+    _WORD.pack_into(page, _MARKED_AT, 0)
+
+
+def note_copied(fd: int, number: int) -> None:
+    """Say that another node has a copy of the image of this number."""
+    os.pwrite(fd, _WORD.pack(number), _COPIED_AT)
+
+
+def number_copied(fd: int) -> int:
+    """The number of the image that another node has a copy of; 0 where there was none."""
+    raw = os.pread(fd, _WORD.size, _COPIED_AT)
+    return _WORD.unpack(raw)[0] if len(raw) == _WORD.size else 0
 
 
 def read_head(fd: int) -> tuple[Head, bool] | None:
@@ -77,23 +98,8 @@ def read_head(fd: int) -> tuple[Head, bool] | None:
     raw = os.pread(fd, _HEAD.size, 0)
     if len(raw) < _HEAD.size:
         return None
-    magic, *values, _, counts = _HEAD.unpack(raw)
+    magic, *values, counts = _HEAD.unpack(raw)
     return (Head(*values), counts == 1) if magic == _MAGIC else None
-
-
-def copy_image(fd: int) -> bytes | None:
-    """The image behind a descriptor; None where it does not count, or was written over meanwhile."""
-    before = read_head(fd)
-    if before is None or not before[1]:
-        return None
-    out = bytearray(before[0].size)
-    view, done = memoryview(out), 0
-    while done < len(out):
-        count = os.preadv(fd, [view[done : done + _CHUNK]], done)
-        if count == 0:
-            return None
-        done += count
-    return bytes(out) if read_head(fd) == before else None
 
 
 class Image:

@@ -17,6 +17,9 @@ class RecoverySpec(Spec):
     """Steps from one snapshot in the memory of the ranks' nodes to the next: ranks that are started again go on from
     there. 'auto' takes them as often as that costs a hundredth of the step time; with 'never' the newest checkpoint is
     all there is. Scripts have none."""
+    copies: bool = True
+    """Each node's snapshots are copied to another node too, one after the other, in the background, so that a lost node
+    is no reason to go back to the newest checkpoint. Only where a run on several nodes may be started again."""
     start_timeout: Duration = 120.0
     """Longest wait for the cluster, the node agents and the fork servers, each."""
     stop_grace: Duration = 30.0
@@ -63,6 +66,11 @@ class RecoverySpec(Spec):
     def replaces(self) -> bool:
         """Whether the run is made for losing nodes, so that it does not count as a failure."""
         return self.spares > 0 or self.nodes is not None
+
+    def copies_among(self, nodes: int) -> bool:
+        """Whether snapshots are copied to another of ``nodes`` nodes."""
+        goes_on = self.replaces or self.max_restarts > 0
+        return self.copies and goes_on and nodes > 1 and self.snapshot != "never"
 
     @field_validator("stall", mode="before")
     @classmethod

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,6 @@ BEAT = "beat"
 
 _TAIL_INTERVAL = 0.1
 _GLANCE = 1.0  # most seconds that count between two looks: an agent that was held up itself has not been left alone
-_MAX_QUEUED = 4 << 20
-
-
-@dataclass
-class _News:
-    """Events on their way to the controller. ``ready`` guards it and wakes whoever polls."""
-
-    events: list[RankEvent] = field(default_factory=list[RankEvent])
-    text_size: int = 0
-    broken: str = ""
-    ready: threading.Condition = field(default_factory=threading.Condition)
 
 
 class NodeAgent(NodeMemory):
@@ -65,7 +54,6 @@ class NodeAgent(NodeMemory):
         self._same_machine = same_machine
         self._sees_logs = same_machine
         self._environ = rank_environment(environ, dict(os.environ), same_machine=same_machine)
-        self._news = _News()
         self._stores: list[int] = []
         self._server: ForkServer | None = None
         self._selector = selectors.DefaultSelector()
@@ -177,16 +165,18 @@ class NodeAgent(NodeMemory):
         listener.close()
         return port
 
-    def start(self, generation: int, plans: list[RankPlan], point: Point | None = None) -> None:
+    def start(self, generation: int, plans: list[RankPlan], point: Point | None, copies_to: Any) -> None:
         """Fork this node's ranks of a generation. How it goes comes as events.
 
         Args:
             point: the snapshot in memory that they go on from; other images are let go.
+            copies_to: the agent that gets copies of their snapshots; None for no copies.
         """
         with self._lock:
             self._hear_memory()
             self._images.begin(point, [plan.rank for plan in plans])
             self._generation = generation
+            self._copier.begin(generation, copies_to)
             for plan in plans:
                 self._start_rank(generation, plan, point)
 
@@ -197,13 +187,7 @@ class NodeAgent(NodeMemory):
             HostError: the fork server, or this agent's own thread, broke.
         """
         self._alone = 0.0
-        news = self._news
-        with news.ready:
-            if not news.events and not news.broken:
-                news.ready.wait(timeout)
-            if news.broken and not news.events:
-                raise HostError(news.broken)
-            events, news.events, news.text_size = news.events, [], 0
+        events = self._news.take(timeout)
         now = time.monotonic()
         with self._lock:
             ranks = [rank for rank in self._ranks.values() if not rank.ended]
@@ -261,6 +245,7 @@ class NodeAgent(NodeMemory):
     def close(self) -> None:
         """Give up the lease: whatever still runs is killed by the fork server."""
         self._closing = True
+        self._copier.close()
         self.abandon_saves()
         with self._lock:
             if self._server is not None:
@@ -313,9 +298,7 @@ class NodeAgent(NodeMemory):
                     raise HostError(f"it heard nothing of the controller for {self._lease:g} s, and ended its ranks")
         except Exception as error:
             if not self._closing or self._alone > self._lease:
-                with self._news.ready:
-                    self._news.broken = str(error) if isinstance(error, HostError) else traceback.format_exc()
-                    self._news.ready.notify_all()
+                self._news.end(str(error) if isinstance(error, HostError) else traceback.format_exc())
 
     def _round(self) -> None:
         with self._lock:
@@ -336,14 +319,7 @@ class NodeAgent(NodeMemory):
                     self._forget(key)
             self._let_go()
         if found:
-            self._tell_controller(found)
-
-    def _tell_controller(self, found: list[RankEvent]) -> None:
-        news = self._news
-        with news.ready:
-            news.events.extend(found)
-            news.text_size += sum(len(event.text) for event in found)
-            news.ready.notify_all()
+            self._news.tell(found)
 
     def _on_child(self, event: ChildEvent) -> list[RankEvent]:
         rank = self._ranks.get(event.id)
@@ -380,7 +356,7 @@ class NodeAgent(NodeMemory):
 
     def _read_output(self, rank: HeldRank) -> list[RankEvent]:
         found: list[RankEvent] = []
-        if self._news.text_size < _MAX_QUEUED:  # the files keep what the controller has no time for yet
+        if not self._news.full:  # the files keep what the controller has no time for yet
             for tail in rank.tails:
                 text = tail.read()
                 if text:

@@ -25,10 +25,11 @@ from .demand import Demand, Machine, words
 from .janitor import sweep
 from .machine import interfaces
 from .messages import NodeInfo
+from .points import buddies
 
 _CONNECT_TIMEOUT = 10.0
 _SLICE = 0.25  # seconds of waiting between looks at whether the user wants to stop
-_RAY_OBJECT_STORE = 80_000_000  # bytes; Ray's smallest: nothing of ours goes through it
+_RAY_OBJECT_STORE = 80_000_000  # bytes; Ray's smallest: copies of snapshots pass through it in small slices
 
 
 class ClusterError(DltrainError):
@@ -257,6 +258,10 @@ class Cluster:
             except ray.exceptions.RayError as error:
                 raise ClusterError(f"node {node} was lost: {loss_of(error)} ({waiting_for})") from error
         return answers
+
+    def others(self) -> list[Any]:
+        """For each node, the agent of the one that holds the copies of its snapshots in memory."""
+        return [self.agents[node] for node in buddies([node.ray_node for node in self.nodes])]
 
     def close(self) -> None:
         """Give back what was taken of an existing cluster, or end the embedded one; the ranks end with their agents."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,8 @@ class Controller:
             changed = ""
             if decision.action in ("restart", "regroup"):
                 decision, changed = self._succession.settle(generation, decision)
-                origin = Origin() if changed else origin  # another node does not have what lies in this one's memory
+                if changed:
+                    origin = self._recall.assemble(generation, origin, self._cluster.agents, self._ask, self._gather)
             if decision.action in ("fail", "restart") or decision.signum:
                 report = self._intake.report(generation, decision, nodes, changed)
                 evidence = self._program.kind != "script"  # a script's output has been shown
@@ -150,10 +151,9 @@ class Controller:
     # ---- starting
 
     def _start(self, number: int, origin: Origin, *, restart: int) -> Generation:
-        cluster = self._cluster
-        nodes = cluster.nodes
+        cluster, nodes = self._cluster, self._cluster.nodes
         world, step = len(nodes) * self._nproc, self._metrics.last_step
-        generation = Generation(number, world, self._nproc, step=step, point=origin.point)
+        generation = Generation(number, world, self._nproc, step=step, point=origin.point, memory=origin.memory)
         limit = self._recovery.stall if self._program.kind == "worker" else "never"
         watched = StallWatch(limit, self._recovery.stall_at_start, before=self._intake.watched)
         self._intake.begin(generation.world, watched)
@@ -167,6 +167,7 @@ class Controller:
         if not ports:
             generation.closed = set(range(generation.world))  # none was started
             return generation
+        copies = self._program.kind == "worker" and self._recovery.copies_among(len(nodes))
         plans = plan_generation(
             self._program,
             nodes,
@@ -176,10 +177,11 @@ class Controller:
             master=(address, ports[0]),
             logs=self._logs,
             environ=self._environ,
-            facts={"generation": number, "saved": self._intake.saved, "interrupted": origin.interrupted},
+            facts={"saved": self._intake.saved, "interrupted": origin.interrupted, "copies": copies},
         )
-        pairs = enumerate(zip(cluster.agents, plans, strict=True))
-        starts = {node: agent.start.remote(number, plan, origin.point) for node, (agent, plan) in pairs}
+        others = cluster.others() if copies else [None] * len(nodes)
+        pairs = enumerate(zip(cluster.agents, plans, others, strict=True))
+        starts = {node: agent.start.remote(number, plan, origin.point, other) for node, (agent, plan, other) in pairs}
         self._gather(generation, starts, "forking ranks", timeout)
         self._unheard = dict.fromkeys(range(len(nodes)), 0.0)
         return generation
@@ -368,12 +370,12 @@ class Controller:
         deadline = time.monotonic() + _DRAIN
         while generation.alive() and time.monotonic() < deadline:
             self._hear(generation)
-        point = self._recall.find(generation, partial(self._ask, generation))
+        origin = self._recall.find(generation, partial(self._ask, generation))
         deadline = time.monotonic() + _LAST_SAVE
         while generation.present() and time.monotonic() < deadline:  # one that saves nothing ends at once
             self._hear(generation)
             self._settle()
-        return Origin(point, interrupted=point is not None and bool(generation.present()))
+        return replace(origin, interrupted=bool(generation.present() or generation.lost))
 
     def _finish_saving(self, generation: Generation) -> None:
         """Let the ranks' persisters finish the snapshot that they were given: they outlive their ranks for a while."""

@@ -48,6 +48,8 @@ class Generation:
     standstill: Standstill | None = None
     point: Point | None = None
     """The snapshot in memory that it goes on from."""
+    memory: str = ""
+    """Where that lies, in words."""
     begun: bool = False
     """Its ranks have what they go on from."""
     ending: bool = False
@@ -85,8 +87,9 @@ class Program:
 
     def body_of(self, generation: int) -> dict[str, Any]:
         """The entry's arguments for the ranks of a generation: their lease is good until the next one is fenced off."""
-        lease = {"lease": of_generation(self.body["lease"], generation)} if self.kind == "worker" else {}
-        return self.body | lease
+        if self.kind != "worker":
+            return self.body
+        return self.body | {"lease": of_generation(self.body["lease"], generation), "generation": generation}
 
 
 def plan_generation(

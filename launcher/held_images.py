@@ -12,10 +12,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint.image import Image, copy_image, read_head
+from ..checkpoint.image import Head, Image, number_copied, read_head
+from ..core.memory import Room
 from .messages import HeldImage, Point
 
 _MAX_MESSAGE, _MAX_FDS = 1 << 16, 4
+_RESERVE = 0.1  # of a machine's memory, which copies of other nodes' images leave free
 _AT_ONCE = 200  # descriptors in one message; the kernel takes 253
 
 
@@ -25,18 +27,42 @@ class _Memory:
 
     Attributes:
         owner: the rank that writes to it; None when its ranks are gone, and for what came from another node.
+        copy_of: the other node's image that it is a copy of, complete or not; None when it is let go of as what ranks
+            went on from is.
     """
 
     fd: int
     owner: int | None
+    copy_of: HeldImage | None = None
+
+    def head(self) -> Head | None:
+        """What it says of itself, if it counts."""
+        found = read_head(self.fd)
+        return found[0] if found is not None and found[1] else None
 
     def image(self) -> HeldImage | None:
         """What it holds now, if that counts."""
-        found = read_head(self.fd)
-        if found is None or not found[1]:
-            return None
-        head = found[0]
-        return HeldImage(head.generation, head.step, head.rank, head.world, head.row, head.size)
+        head = self.head()
+        return None if head is None else image_of(head)
+
+
+def image_of(head: Head) -> HeldImage:
+    """What is told of an image."""
+    return HeldImage(head.generation, head.step, head.rank, head.world, head.row, head.size)
+
+
+@dataclass(frozen=True)
+class ToCopy:
+    """An image that a rank here keeps until another node has a copy.
+
+    Attributes:
+        fd: a descriptor of it, to be closed.
+        kept: the snapshots of which the rank keeps its images: copies of others are of no use.
+    """
+
+    fd: int
+    head: Head
+    kept: tuple[Point, ...]
 
 
 class HeldImages:
@@ -44,6 +70,7 @@ class HeldImages:
 
     def __init__(self) -> None:
         self._memories: list[_Memory] = []
+        self._here: frozenset[int] = frozenset()
 
     def hear(self, rank: int, sock: socket.socket) -> None:
         """Take in which memory a rank wants to be kept, and which no more."""
@@ -63,8 +90,8 @@ class HeldImages:
 
     @property
     def foreign(self) -> bool:
-        """Whether there is memory that no rank here writes to."""
-        return any(memory.owner is None for memory in self._memories)
+        """Whether there is memory of earlier ranks, which none here writes to."""
+        return any(memory.owner is None and memory.copy_of is None for memory in self._memories)
 
     def all(self) -> list[HeldImage]:
         """The images that are complete now."""
@@ -74,30 +101,50 @@ class HeldImages:
         """The newest rows of metrics of each rank whose image of ``point`` is here."""
         return {image.rank: Image(memory.fd).rows for memory, image in self._of(point)}
 
-    def copy(self, point: Point, rank: int) -> bytes | None:
-        """A rank's image, to be put on another node; None where it is not here, or was written over meanwhile."""
-        for memory, image in self._of(point):
-            if image.rank == rank:
-                raw = copy_image(memory.fd)
-                if raw is not None:
-                    return raw
-        return None
+    def descriptor(self, point: Point, rank: int) -> int | None:
+        """A descriptor, to be closed, of a rank's image; None where it is not here."""
+        return next((os.dup(memory.fd) for memory, image in self._of(point) if image.rank == rank), None)
 
-    def put(self, raw: bytes) -> None:
-        """Hold a copy of another node's image."""
-        fd = os.memfd_create("dltrain-copy")
-        view, done = memoryview(raw), 0
+    def to_copy(self, generation: int) -> list[ToCopy]:
+        """The images of ``generation`` that are marked for a copy and have none yet."""
+        marked: dict[int, list[tuple[_Memory, Head]]] = {}
+        for memory in self._memories:
+            head = memory.head()
+            if memory.owner is not None and head is not None and head.marked and head.generation == generation:
+                marked.setdefault(memory.owner, []).append((memory, head))
+        return [
+            ToCopy(os.dup(memory.fd), head, tuple(image_of(each).point for _, each in pairs))
+            for pairs in marked.values()
+            for memory, head in pairs
+            if number_copied(memory.fd) != head.number
+        ]
+
+    def receive(self, image: HeldImage, kept: Collection[Point], begin: int, data: bytes) -> bool:
+        """Take in a part of another node's image, which counts once its head is here; whether there is room for it.
+
+        Args:
+            kept: the snapshots that the image's rank still needs; copies of its images of others are let go.
+            begin: where in the image the part lies.
+        """
+        memory = next((memory for memory in self._memories if memory.copy_of == image), None)
+        if memory is None:
+            copies = [m for m in self._memories if m.copy_of is not None and m.copy_of.rank == image.rank]
+            self._drop([m for m in copies if m.image() is None or not self._is_of(m, kept)])
+            room = Room.now()
+            if room is not None and room.free - image.size < _RESERVE * room.total:
+                return False
+            memory = _Memory(os.memfd_create("dltrain-copy"), None, image)
+            self._memories.append(memory)
+        view, done = memoryview(data), 0
         while done < len(view):
-            done += os.write(fd, view[done:])
-        self._memories.append(_Memory(fd, None))
-
-    def drop_copies(self, kept: Collection[Point]) -> None:
-        """Let go of the copies from other nodes that are of none of these snapshots."""
-        self._drop([m for m in self._memories if m.owner is None and not self._is_of(m, kept)])
+            done += os.pwrite(memory.fd, view[done:], begin + done)
+        return True
 
     def begin(self, point: Point | None, ranks: Collection[int]) -> None:
         """Keep what ``ranks``, which are to run here, go on from or write to; let go of the rest."""
+        self._here = frozenset(ranks)
         for memory in self._memories:
+            memory.copy_of = None
             if memory.owner not in ranks:
                 memory.owner = None
         if point is None:
@@ -105,15 +152,19 @@ class HeldImages:
         else:
             self._drop([m for m in self._memories if m.owner is None and not self._is_of(m, [point])])
 
-    def settle(self, generation: int, ranks: Collection[int]) -> None:
-        """Let go of what ``ranks`` went on from and do not write to, once each has taken two snapshots of its own.
+    def settle(self, generation: int, *, copies: bool) -> None:
+        """Let go of what the ranks here went on from and do not write to, once each has two newer snapshots of its own.
 
         Then all ranks of the generation, on other nodes too, have taken one.
+
+        Args:
+            copies: only marked ones are newer, since other nodes have copies of the first one then.
         """
-        old = [m for m in self._memories if m.owner is None and (image := m.image()) and image.generation < generation]
+        old = [m for m in self._memories if m.owner is None and (head := m.head()) and head.generation < generation]
         if old:
-            own = Counter(m.owner for m in self._memories if (image := m.image()) and image.generation == generation)
-            if all(own[rank] > 1 for rank in ranks):
+            heads = [(m.owner, head) for m in self._memories if (head := m.head()) and head.generation == generation]
+            own = Counter(owner for owner, head in heads if head.marked or not copies)
+            if all(own[rank] > 1 for rank in self._here):
                 self._drop(old)
 
     def hand_over(self, point: Point, rank: int, sock: socket.socket, *, reading: bool) -> None:
@@ -122,7 +173,7 @@ class HeldImages:
         Args:
             reading: a process of the rank before may still read its memory: it must not be written to.
         """
-        restoring = {id(memory) for memory, _ in self._of(point)}
+        restoring = {id(memory) for memory, image in self._of(point) if image.rank in self._here}
         chosen = [m for m in self._memories if id(m) in restoring or (m.owner == rank and not reading)]
         labels = [{"restores": id(m) in restoring, "mine": m.owner == rank and not reading} for m in chosen]
         for first in range(0, len(chosen), _AT_ONCE):

@@ -90,7 +90,7 @@ class Intake:
                 if message["origin"] != "memory":
                     self.saved = message["start"] or -1
                 self._view.setup(message)
-                self.reports.started(message["start"], message["origin"], generation.world)
+                self.reports.started(message["start"], message["origin"], generation.memory)
             case "note":
                 self._view.note(message["text"])
             case "settle":
@@ -128,16 +128,15 @@ class Intake:
             self.watched.row(row)
             self.reports.row(row)
 
-    def recover(self, generation: Generation, point: Point, nodes: Iterable[Mapping[int, list[Row]]]) -> None:
-        """Take in the rows that lie beside a snapshot, by rank on each node, as far as they have not come yet.
+    def recover(self, generation: Generation, point: Point, ranks: Mapping[int, list[Row]]) -> None:
+        """Take in the rows that lie beside a snapshot, by rank, as far as they have not come yet.
 
         Args:
             generation: the last one; the snapshot may be of an earlier one.
         """
         reducer = self._reducer if point.generation == generation.number else RowReducer(point.world)
-        for ranks in nodes:
-            for rank, rows in ranks.items():
-                self._take_rows(reducer.add(rank, [row for row in rows if row["step"] > self._metrics.last_step]))
+        for rank, rows in ranks.items():
+            self._take_rows(reducer.add(rank, [row for row in rows if row["step"] > self._metrics.last_step]))
 
     def _take_output(self, generation: Generation, node: NodeInfo, event: RankEvent) -> None:
         if event.rank not in generation.said:  # after a rank's last words its traceback is in the report

@@ -1,13 +1,17 @@
-"""The part of a node agent that controllers ask for snapshots in the node's memory."""
+"""The part of a node agent that controllers, and other agents, ask for snapshots in the node's memory."""
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Sequence
 from typing import Any
 
+from .copies import Copier, NotTaken, send_image
 from .held_images import HeldImages
 from .held_rank import HeldRank
-from .messages import HeldImage, Point
+from .messages import HeldImage, Point, RankEvent
+from .news import News
 
 
 class NodeMemory:
@@ -15,9 +19,11 @@ class NodeMemory:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._news = News()
         self._ranks: dict[int, HeldRank] = {}
         self._images = HeldImages()
         self._generation = 0
+        self._copier = Copier(self._images, self._lock, hear=self._hear_memory, say=self._say)
 
     def snapshots(self) -> list[HeldImage]:
         """The ranks' images that are complete in this node's memory now, copies from other nodes among them."""
@@ -30,23 +36,46 @@ class NodeMemory:
         with self._lock:
             return self._images.rows(point)
 
-    def fetch(self, point: Point, rank: int) -> bytes | None:
-        """A rank's image, for :meth:`put` on another node; None where it is not here, or was written over meanwhile."""
-        with self._lock:
-            self._hear_memory()
-            return self._images.copy(point, rank)
+    def pass_on(self, point: Point, targets: Sequence[tuple[int, Any]]) -> str:
+        """Copy images of a snapshot to other nodes; why not all are there, or nothing.
 
-    def put(self, image: bytes | None) -> bool:
-        """Hold a copy of another node's image (None: there is none); whether there is one."""
-        if image is not None:
+        Args:
+            targets: pairs of a rank and the agent that is to have its image.
+        """
+        for rank, target in targets:
             with self._lock:
-                self._images.put(image)
-        return image is not None
+                fd = self._images.descriptor(point, rank)
+            if fd is None:
+                return f"that of rank {rank} is gone"
+            try:
+                if not send_image(fd, target, generation=self._generation, kept=(point,)):
+                    return f"that of rank {rank} was written over"
+            except NotTaken as error:
+                return str(error)
+            finally:
+                os.close(fd)
+        return ""
 
-    def drop_copies(self, kept: list[Point]) -> None:
-        """Let go of copies from other nodes, except of these snapshots."""
+    def receive(self, generation: int, image: HeldImage, kept: Sequence[Point], begin: int, data: bytes) -> str:
+        """Take in a part of an image from another node; why it is not taken, or nothing.
+
+        Args:
+            generation: of the sender's ranks: an older one than this node's has no say any more.
+            kept: see :meth:`~.held_images.HeldImages.receive`.
+            begin: where in the image the part lies.
+        """
         with self._lock:
-            self._images.drop_copies(kept)
+            if generation < self._generation:
+                return f"ranks have been started again since (generation {self._generation}, not {generation})"
+            if not self._images.receive(image, kept, begin, data):
+                return "there is too little free memory there"
+        return ""
+
+    def _say(self, text: str) -> None:
+        with self._lock:
+            rank = min((rank.plan.rank for rank in self._ranks.values()), default=0)
+            note = RankEvent("message", self._generation, rank, data={"t": "note", "text": text})
+        self._news.tell([note])
 
     def _hear_memory(self) -> None:
         for rank in self._ranks.values():
@@ -57,5 +86,4 @@ class NodeMemory:
         """Let go of what the ranks went on from, once they have something newer."""
         if self._images.foreign:
             self._hear_memory()
-            ranks = [rank.plan.rank for rank in self._ranks.values() if rank.generation == self._generation]
-            self._images.settle(self._generation, ranks)
+            self._images.settle(self._generation, copies=self._copier.active)

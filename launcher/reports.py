@@ -39,11 +39,15 @@ class FailureReports:
         self._start = None
         self._open = report if report.decision.action == "restart" else None
 
-    def started(self, step: int, origin: str, world: int) -> None:
-        """``world`` ranks begin after ``step`` steps: from "memory", "storage", or, where it is empty, from nothing."""
+    def started(self, step: int, origin: str, memory: str) -> None:
+        """Ranks begin after ``step`` steps: from "memory", "storage", or, where it is empty, from nothing.
+
+        Args:
+            memory: whose, in words.
+        """
         if self._start is None:
             self._start = step
-            words = {"memory": f"in memory of {world} ranks", "storage": "the newest checkpoint", "": ""}
+            words = {"memory": memory, "storage": "the newest checkpoint", "": ""}
             self._origin = words[origin]
         if origin != "memory":
             self._checkpoint = step or None

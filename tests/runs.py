@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dltrain.checkpoint.export import export_weights
+from dltrain.checkpoint.reader import open_manifest
+from dltrain.core.storage import Storage
+
 _NUMBERS = ("train/loss", "train/grad_norm", "train/lr", "train/epoch", "val/", "test/")
 
 
@@ -32,6 +36,11 @@ class RunFolder:
 
     def losses(self) -> list[float]:
         return [row["train/loss"] for row in self.rows()]
+
+    def export(self) -> None:
+        """Write the final weights, as a launcher does at the end."""
+        storage = Storage(str(self.path / "checkpoints"))
+        export_weights(storage, open_manifest(storage, self.checkpoints()[-1]), self.path / "weights.safetensors")
 
     def weights(self) -> str:
         """sha256 of the final weights."""

@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import make_state, rows
-from dltrain.checkpoint.image import Image, Images, copy_image, read_head
+from dltrain.checkpoint.image import DATA, Image, Images, note_copied, read_head
 from dltrain.checkpoint.manifest import CorruptCheckpoint
 from dltrain.checkpoint.reader import read
 from dltrain.checkpoint.writer import PieceKey, assign, held
 from dltrain.core.contracts import ShardedState
-from dltrain.launcher.held_images import HeldImages
+from dltrain.core.memory import Room
+from dltrain.launcher.held_images import HeldImages, image_of
 from dltrain.launcher.messages import HeldImage, Point
-from dltrain.launcher.points import complete_points, in_place, newest_row
+from dltrain.launcher.points import Move, buddies, complete_points, gone_ranks, moves, newest_row
 from dltrain.training.hold import Hold, images_of
+from dltrain.training.marks import Marks, Progress
 from dltrain.training.pace import Pace
 from dltrain.training.staging import Holdings, ImagePlan, Stage
 from launching import Sandbox
@@ -32,7 +34,9 @@ from stage import JOB, LAUNCH, assert_same_run, run_of
 POSITION = {"samples": 7, "total_steps": 9, "extra": {}}
 
 
-def an_image(shards: ShardedState, mine: list[PieceKey], *, rank: int, world: int, generation: int) -> Stage:
+def an_image(
+    shards: ShardedState, mine: list[PieceKey], *, rank: int, world: int, generation: int, marked: int = 0
+) -> Stage:
     """A rank's image of a snapshot, in memory."""
     facts = {"job": {"name": "mine"}, "rng": {}, "tracking": {}}
     plan = ImagePlan(shards, mine[:1], mine, save="feed", facts=facts)
@@ -42,15 +46,27 @@ def an_image(shards: ShardedState, mine: list[PieceKey], *, rank: int, world: in
     stage = Stage.of_size(plan.size)
     stage.fill(plan, holdings)
     lines = [plan.text, json.dumps(POSITION).encode(), b'[{"step": 5}]']
-    stage.commit(plan, b"\n".join(lines), generation=generation, step=5, rank=rank, world=world, row=5)
+    place = {"generation": generation, "step": 5, "rank": rank, "world": world, "row": 5, "marked": marked}
+    stage.commit(plan, b"\n".join(lines), **place)
     return stage
 
 
-def images(world: int = 2, generation: int = 1) -> list[Stage]:
+def images(world: int = 2, generation: int = 1, marked: int = 0) -> list[Stage]:
     """Every rank's image of the awkward tensors, cut by rows."""
     shards = rows(make_state(3), world)
     mine = assign([held(each) for each in shards])
-    return [an_image(shards[rank], mine[rank], rank=rank, world=world, generation=generation) for rank in range(world)]
+    more = {"world": world, "generation": generation, "marked": marked}
+    return [an_image(shards[rank], mine[rank], rank=rank, **more) for rank in range(world)]
+
+
+def copy(stage: Stage, to: HeldImages, kept: list[Point], *, head: bool = True) -> bool:
+    """Have another node take in an image, in parts."""
+    found = read_head(stage.fd)
+    assert found is not None
+    image = image_of(found[0])
+    begins = [*range(DATA, image.size, 1000), *([0] if head else [])]
+    parts = {begin: os.pread(stage.fd, min(1000, image.size - begin) if begin else DATA, begin) for begin in begins}
+    return all(to.receive(image, kept, begin, data) for begin, data in parts.items())
 
 
 # ---- images
@@ -84,8 +100,6 @@ def test_a_rank_whose_pieces_others_copy_has_an_image_of_nothing() -> None:
 
 def test_an_image_does_not_count_while_it_is_written() -> None:
     stage = images(1)[0]
-    raw = copy_image(stage.fd)
-    assert raw is not None
     holdings = Holdings()
     shards = rows(make_state(4), 1)[0]
     holdings.refresh(shards)
@@ -94,7 +108,6 @@ def test_an_image_does_not_count_while_it_is_written() -> None:
     found = read_head(stage.fd)
     assert found is not None
     assert not found[1]
-    assert copy_image(stage.fd) is None
     with pytest.raises(ValueError, match="no complete image"):
         Image(stage.fd)
 
@@ -116,17 +129,9 @@ def test_an_agent_holds_images_when_the_rank_is_gone_and_hands_them_on() -> None
     point = Point(1, 5, 2)
     assert sorted((image.rank, image.point) for image in agent.all()) == [(0, point), (1, point)]
     assert agent.rows(point) == {0: [{"step": 5}], 1: [{"step": 5}]}
-    copies = HeldImages()
-    raw = agent.copy(point, 1)
-    assert raw is not None
-    copies.put(raw)
-    assert [image.rank for image in copies.all()] == [1]
-    copies.drop_copies([point])
-    assert copies.all()
-    copies.drop_copies([])
-    assert not copies.all()
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    agent.begin(point, [0, 1])
     agent.hand_over(point, 0, ours, reading=False)
     given = Hold(theirs).given()
     ours.close()
@@ -146,18 +151,16 @@ def test_what_was_gone_on_from_is_let_go_when_it_is_not_needed_any_more() -> Non
     point = Point(1, 5, 2)
     stages = images()
     hold.keep(stages[0].fd)
-    raw = copy_image(stages[1].fd)
-    assert raw is not None
     agent.hear(0, ours)
-    agent.put(raw)
+    assert copy(stages[1], agent, [point])
+    assert not agent.foreign
     agent.begin(point, [0])
     assert [image.rank for image in agent.all()] == [0, 1]
     assert agent.foreign
-    for count in (1, 2):
-        stage = images(generation=2)[0]
-        hold.keep(stage.fd)
+    for count, marked in enumerate([1, 0, 1]):
+        hold.keep(images(generation=2, marked=marked)[0].fd)
         agent.hear(0, ours)
-        agent.settle(2, [0])
+        agent.settle(2, copies=True)
         assert agent.foreign == (count < 2)
     ours.close()
     theirs.close()
@@ -176,16 +179,122 @@ def test_a_snapshot_counts_when_every_rank_has_it() -> None:
     found = held_by({0: [(1, 7, 0), (1, 7, 1), (1, 8, 0)], 1: [(1, 7, 2), (1, 7, 3), (1, 8, 2), (1, 8, 3)]})
     ranks = {0: [0, 1], 1: [2, 3]}
     assert complete_points(found) == [Point(1, 7, 4)]
-    assert in_place(Point(1, 7, 4), found, ranks)
+    assert not moves(Point(1, 7, 4), found, ranks)
     assert newest_row(Point(1, 7, 4), found) == 6
-    assert not in_place(Point(1, 7, 4), found, {0: [2, 3], 1: [0, 1]})
-    assert not in_place(Point(1, 7, 4), found, {0: [0, 1, 2, 3, 4]})
     assert complete_points(held_by({0: [(1, 7, 0), (2, 7, 1)], 1: [(1, 7, 2), (1, 7, 3)]})) == []
 
 
 def test_the_newest_snapshot_comes_first_and_the_later_generation_of_two() -> None:
     found = held_by({0: [(1, 5, 0), (2, 5, 0), (2, 4, 0)]}, world=1)
     assert complete_points(found) == [Point(2, 5, 1), Point(1, 5, 1), Point(2, 4, 1)]
+
+
+def test_what_lies_elsewhere_is_moved() -> None:
+    found = held_by({0: [(1, 7, 0), (1, 7, 3)], 1: [(1, 8, 1), (1, 7, 1), (1, 7, 0)], 3: [(1, 7, 2)]})
+    assert moves(Point(1, 7, 4), found, {0: [0], 1: [1], 2: [2], 3: [3]}) == [Move(2, 3, 2), Move(3, 0, 3)]
+    assert gone_ranks(held_by({0: [(1, 7, 0), (1, 8, 2)]}), 4) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("machines", "expected"),
+    [
+        ("aa", [1, 0]),
+        ("abc", [1, 2, 0]),
+        ("aabb", [2, 3, 0, 1]),
+        ("aaabbb", [3, 4, 5, 0, 1, 2]),
+        ("aabbcc", [2, 3, 4, 5, 0, 1]),
+        ("aaa", [1, 2, 0]),
+        ("aab", [1, 2, 0]),
+    ],
+)
+def test_copies_lie_on_another_machine_where_there_is_one(machines: str, expected: list[int]) -> None:
+    found = buddies(machines)
+    assert found == expected
+    assert sorted(found) == list(range(len(machines)))
+
+
+# ---- copies on another node
+
+
+def test_a_copy_counts_once_its_head_is_there_and_those_not_needed_are_let_go() -> None:
+    node, point, newer = HeldImages(), Point(1, 5, 2), Point(2, 5, 2)
+    assert copy(images()[1], node, [point], head=False)
+    assert not node.all()
+    assert copy(images()[1], node, [point])
+    assert copy(images()[0], node, [point])
+    assert [(image.rank, image.point) for image in node.all()] == [(1, point), (0, point)]
+    assert node.rows(point) == {0: [{"step": 5}], 1: [{"step": 5}]}
+    assert copy(images(generation=2)[1], node, [point, newer])
+    assert sorted((image.rank, image.generation) for image in node.all()) == [(0, 1), (1, 1), (1, 2)]
+    assert copy(images(generation=3)[1], node, [newer, Point(3, 5, 2)])
+    assert sorted((image.rank, image.generation) for image in node.all()) == [(0, 1), (1, 2), (1, 3)]
+    node.begin(newer, [0])
+    assert [(image.rank, image.generation) for image in node.all()] == [(1, 2)]
+    node.close()
+
+
+def test_a_copy_for_which_there_is_no_room_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dltrain.launcher.held_images.Room.now", lambda: Room(10_000, 1000, 0))
+    node = HeldImages()
+    assert not copy(images()[0], node, [])
+    assert not node.all()
+
+
+def test_marked_images_are_copied_once() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    agent, hold = HeldImages(), Hold(theirs)
+    stages = [images(generation=2, marked=marked)[0] for marked in (1, 0)]
+    for stage in stages:
+        hold.keep(stage.fd)
+    agent.hear(0, ours)
+    assert not agent.to_copy(1)
+    (found,) = agent.to_copy(2)
+    assert (found.head.marked, found.kept) == (1, (Point(2, 5, 2),))
+    note_copied(found.fd, found.head.number)
+    os.close(found.fd)
+    assert stages[0].copied
+    assert not stages[1].copied
+    assert not agent.to_copy(2)
+    for sock in (ours, theirs):
+        sock.close()
+    agent.close()
+
+
+def test_a_marked_snapshot_is_kept_until_a_later_one_has_been_copied_everywhere() -> None:
+    def take() -> Stage:
+        stage = images(1, marked=int(marks.due))[0]
+        marks.taken(stage)
+        return stage
+
+    def copied(stage: Stage) -> None:
+        head = read_head(stage.fd)
+        assert head is not None
+        note_copied(stage.fd, head[0].number)
+
+    marks = Marks(wanted=True)
+    first = take()
+    take()
+    assert (marks.stages, marks.progress) == ([first], Progress.COPYING)
+    copied(first)
+    assert marks.progress == Progress.COPIED
+    marks.agree(Progress.COPYING)  # another rank's is not
+    assert marks.progress == Progress.COPIED
+    marks.agree(Progress.COPIED)
+    second = take()
+    assert marks.stages == [second, first]
+    marks.agree(Progress.MISSED)  # another rank has no such snapshot
+    assert (marks.stages, marks.due) == ([first], True)
+    marks.miss()
+    assert (marks.progress, marks.due) == (Progress.MISSED, False)
+    marks.agree(marks.progress)
+    third = take()
+    copied(third)
+    marks.agree(marks.progress)
+    assert marks.stages == [third]
+    found = [read_head(stage.fd) for stage in (first, second, third)]
+    assert [head[0].marked for head in found if head] == [0, 0, 1]
+    assert not Marks(wanted=False).due
 
 
 # ---- how often
@@ -298,4 +407,6 @@ def test_every_strategy_goes_on_from_memory_to_the_same_bits(
     run = RunFolder(found)
     assert run.steps() == list(range(1, 21))
     assert run.numbers() == whole.numbers()
+    whole.export()
+    assert run.weights() == whole.weights()
     assert [(cost["from_step"], cost["steps"]) for cost in costs(run)] == [(8, 0), (17, 0)]

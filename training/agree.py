@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from .marks import Progress
+
 
 @dataclass(frozen=True)
 class Wishes:
@@ -18,12 +20,14 @@ class Wishes:
         save: a checkpoint now.
         reassign: settle anew who copies what into memory.
         every: steps between snapshots in memory; 0 where that is not known.
+        copies: how far the copies of a snapshot on other nodes are; of all ranks, the least.
     """
 
     stop: bool = False
     save: bool = False
     reassign: bool = False
     every: int = 0
+    copies: Progress = Progress.COPYING
 
 
 class Agreement:
@@ -45,17 +49,17 @@ class Agreement:
         return step >= self._next
 
     def ask(self, step: int, mine: Wishes) -> Wishes:
-        """What any rank wants before ``step``, and the largest number. Collective: all ask at the same step."""
+        """What any rank wants before ``step``, the largest number, the least progress. Collective, at the same step."""
         now = time.monotonic()
         pace = (now - self._asked_at) / (step - self._asked_step)
         ahead = max(1, min(int(self._interval / max(pace, 1e-6)), 2 * (step - self._asked_step)))
         wanted = mine
         if self._world > 1:
-            answer = torch.tensor(
-                [int(mine.stop), int(mine.save), int(mine.reassign), mine.every, -ahead], dtype=torch.int64
-            )
+            flags = [int(mine.stop), int(mine.save), int(mine.reassign)]
+            answer = torch.tensor([*flags, mine.every, -mine.copies, -ahead], dtype=torch.int64)
             dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-            stop, save, reassign, every, negative = (int(value) for value in answer.tolist())
-            wanted, ahead = Wishes(bool(stop), bool(save), bool(reassign), every), -negative
+            stop, save, reassign, every, copies, negative = (int(value) for value in answer.tolist())
+            wanted = Wishes(bool(stop), bool(save), bool(reassign), every, Progress(-copies))
+            ahead = -negative
         self._asked_at, self._asked_step, self._next = now, step, step + ahead
         return wanted

@@ -223,6 +223,7 @@ class Trainer:
                     if agreed.reassign:
                         self._snapshots.reassign()
                     self._pace.agree(agreed.every)
+                    self._snapshots.agree_copies(agreed.copies)
                     if agreed.save and self._snapshots.newest != step:
                         self._save(step, self._plan.total_steps)
                 self._evaluated = {}
@@ -241,6 +242,7 @@ class Trainer:
             save=self._ctx.rank == 0 and self._due.by_clock(),
             reassign=self._snapshots.outdated,
             every=self._pace.wanted,
+            copies=self._snapshots.copies,
         )
 
     def _one_step(self, step: int, batches: Iterator[list[Batch]]) -> None:

@@ -13,6 +13,7 @@ from ..core.contracts import ShardedState
 from ..core.job import Job
 from .context import Context
 from .hold import Given, Hold
+from .marks import Marks
 from .staging import Holdings, ImagePlan, Stage
 from .together import gathered
 
@@ -37,9 +38,10 @@ class Memory:
     checkpoint holds every piece once: it takes a part of these.
 
     There are two stages for snapshots that stay in memory: the newest, and the one that is written next. A stage that a
-    persister reads is not written to; more are made then.
+    persister reads, or that is kept for copies on other nodes, is not written to; more are made then.
 
     Attributes:
+        marks: which snapshots are kept for copies on other nodes.
         plan: what is copied; None before :meth:`assign`.
         outdated: this rank has other pieces than the plan was made for.
 
@@ -47,15 +49,17 @@ class Memory:
         hold: who keeps the images when this rank is gone; None where nobody does: then they hold the checkpoint's
             pieces only.
         generation: number of this start of the ranks.
+        copies: other nodes are to have copies.
     """
 
-    def __init__(self, job: Job, ctx: Context, *, hold: Hold | None, generation: int = 0) -> None:
+    def __init__(self, job: Job, ctx: Context, *, hold: Hold | None, generation: int = 0, copies: bool = False) -> None:
         self._job, self._ctx = job, ctx
         self._hold = hold
         self._generation = generation
         self._holdings = Holdings()
         self._stages: list[Stage] = []
         self._newest: Stage | None = None
+        self.marks = Marks(wanted=copies and hold is not None)
         self.plan: ImagePlan | None = None
         self.outdated = True
 
@@ -73,6 +77,7 @@ class Memory:
             self._stages.append(stage)
             if item.restores:
                 self._newest = stage
+                self.marks.adopt(stage)
 
     def look(self, state: ShardedState) -> None:
         """Take in an engine's state: :meth:`copy` copies what it holds."""
@@ -110,15 +115,15 @@ class Memory:
         stage.fill(plan, self._holdings)
         text = b"\n".join([plan.text, json.dumps(position.facts(), separators=(",", ":")).encode(), rows])
         ctx = self._ctx
-        stage.commit(
-            plan, text, generation=self._generation, step=position.step, rank=ctx.rank, world=ctx.world_size, row=row
-        )
+        place = {"generation": self._generation, "step": position.step, "rank": ctx.rank, "world": ctx.world_size}
+        stage.commit(plan, text, **place, row=row, marked=int(self.marks.due))
         self._newest = stage
+        self.marks.taken(stage)
         return stage
 
     def _free(self, size: int, lent: Collection[Stage]) -> Stage:
         """A stage of at least ``size`` bytes that holds nothing which is needed."""
-        kept = {self._newest} if self._hold is not None else set[Stage | None]()
+        kept = {self._newest, *self.marks.stages} if self._hold is not None else set[Stage | None]()
         free = [stage for stage in self._stages if stage not in kept and stage not in lent]
         for stage in free:
             if stage.capacity >= size:

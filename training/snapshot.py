@@ -11,6 +11,7 @@ from typing import Any
 from ..checkpoint.saving import Snapshot, description
 from ..core.contracts import Engine
 from ..core.errors import DltrainError
+from .marks import Progress
 from .memory import Memory, Position
 from .persistence import Persister, PersisterLost
 from .reporter import Reporter
@@ -105,6 +106,7 @@ class Snapshots:
         if memory.plan is None:  # on every rank alike
             memory.assign(state, tracking)
         if memory.outdated or not self._reporter.delivered():
+            memory.marks.miss()
             return False
         self._copy(position)
         return True
@@ -113,6 +115,15 @@ class Snapshots:
     def outdated(self) -> bool:
         """Whether this rank holds other pieces than have been assigned."""
         return self._memory.plan is not None and self._memory.outdated
+
+    @property
+    def copies(self) -> Progress:
+        """How far this rank's node is with the copy of a snapshot on another one."""
+        return self._memory.marks.progress
+
+    def agree_copies(self, progress: Progress) -> None:
+        """Take in how far all nodes are. At the same step on every rank."""
+        self._memory.marks.agree(progress)
 
     def reassign(self) -> None:
         """Have all ranks settle anew who copies what, at the next snapshot. At the same step on every rank."""

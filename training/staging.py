@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.image import DATA, Head, put_head, read_head
+from ..checkpoint.image import DATA, Head, number_copied, put_head, read_head, unmark
 from ..checkpoint.tensors import typed
 from ..checkpoint.writer import PieceKey, Planned, held, plan_shard
 from ..core.contracts import ShardedState
@@ -154,9 +154,18 @@ class Stage:
             done += os.pwrite(self.fd, text[done:], DATA + self.capacity + done)
         put_head(self._memory, self._head(data=plan.size, text=len(text), **position), counts=True)
 
+    @property
+    def copied(self) -> bool:
+        """Whether another node has a copy of what this holds."""
+        return number_copied(self.fd) == self._number
+
+    def unmark(self) -> None:
+        """Have it kept for a copy no more."""
+        unmark(self._memory)
+
     def _head(self, **values: int) -> Head:
         self._number += 1
-        fields = dict.fromkeys(("generation", "step", "rank", "world", "row", "data", "text"), 0)
+        fields = dict.fromkeys(("generation", "step", "rank", "world", "row", "data", "text", "marked"), 0)
         return Head(**{**fields, **values}, number=self._number, capacity=self.capacity)
 
     def _view(self, planned: Planned, begin: int) -> Tensor:

@@ -62,6 +62,8 @@ class Assignment:
     """Step of the run's newest checkpoint, as far as is known."""
     interrupted: bool = False
     """A checkpoint was being written when the ranks before were lost."""
+    copies: bool = False
+    """Other nodes are to have copies of snapshots."""
 
 
 def run_ranked(
@@ -90,6 +92,7 @@ def run_ranked(
             generation=body["generation"],
             saved=body["saved"],
             interrupted=body["interrupted"],
+            copies=body["copies"],
         )
         _train(assignment, ctx, persister, reporter, pulse, Hold(memory))
         reporter.send("done")
@@ -152,7 +155,8 @@ def _train(
     persister.open(url=url, options=spec.options, rank=ctx.rank, keep=spec.keep, best=best, lease=lease)
     given = hold.given() if hold is not None else []
     keeper = hold if assignment.job.recovery.snapshot != "never" else None
-    memory = Memory(assignment.job, ctx, hold=keeper, generation=assignment.generation)
+    generation, copies = assignment.generation, assignment.copies
+    memory = Memory(assignment.job, ctx, hold=keeper, generation=generation, copies=copies)
     memory.adopt(given)
     trainer = Trainer(
         assignment.job,
