@@ -268,8 +268,8 @@ class Cluster:
         if self.folder is None and self._seats:
             self._dismiss()
         if self._connected:
-            _let_ray_print(True)
             untyped.ray().shutdown()
+            _let_ray_print(True)
         if self._daemons is not None:
             self._daemons.close()
         if self.folder is not None:

@@ -189,6 +189,7 @@ def test_a_killed_process_is_named_and_nothing_outlives_the_run(box: Sandbox, na
     assert re.search(says, out), out
     assert out.count("The run failed") == 1
     assert len((out + err).splitlines()) < 60, out + err
+    assert "(raylet)" not in out + err  # Ray's own words of it
     run = run_of(box)
     assert run.record()["state"] == "failed"
     assert re.search(says, (run.path / "failures/0000.txt").read_text())
