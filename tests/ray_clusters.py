@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dltrain.launcher.chaos.machines import Machine
 from launching import BIN, Sandbox, wait_for
-from machines import Machine
 
 
 @dataclass(frozen=True)

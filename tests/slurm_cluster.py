@@ -1,4 +1,4 @@
-"""A real Slurm on machines of :mod:`machines`: a controller on the first, a node daemon on each, and one munge."""
+"""A real Slurm on machines made of this one: a controller on the first, a node daemon on each, and one munge."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import machines
+from dltrain.launcher.chaos import machines
+from dltrain.launcher.chaos.machines import Machine
 from launching import wait_for
-from machines import Machine
 
 _SBIN = "/usr/sbin:/sbin"
 _NEEDS = ("sbatch", "srun", "scontrol", "slurmctld", "slurmd", "munged", "create-munge-key", "getent", "od")

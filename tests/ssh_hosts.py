@@ -1,4 +1,4 @@
-"""Real sshds on machines of :mod:`machines`, and an ssh that knows them."""
+"""Real sshds on machines of :mod:`dltrain.launcher.chaos.machines`, and an ssh that knows them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import machines
+from dltrain.launcher.chaos import machines
+from dltrain.launcher.chaos.machines import Machine
 from launching import wait_for
-from machines import Machine
 
 _SBIN = "/usr/sbin:/sbin"
 

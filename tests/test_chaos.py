@@ -13,6 +13,7 @@ import pytest
 from command import dltrain
 from dltrain.core.errors import JobError
 from dltrain.launcher.chaos.faults import KINDS, Fault, check_faults, parse_faults
+from dltrain.launcher.chaos.machines import why_not
 from dltrain.launcher.chaos.schedules import random_schedule
 from dltrain.launcher.chaos.verdict import Trace, differences
 from hypothesis import given
@@ -23,11 +24,14 @@ from launching import Sandbox
 
 
 def test_faults_are_read_in_every_way_to_write_them() -> None:
-    assert parse_faults(" kill:rank=3@step=50, stop:1@120,driver@12.5s, persister : rank = 0 @ step = 7,") == (
+    assert parse_faults(
+        " kill:rank=3@step=50, stop:1@120,driver@12.5s, persister : rank = 0 @ step = 7, partition:1@9s / 0.5s,"
+    ) == (
         Fault("kill", 3, 50),
         Fault("stop", 1, 120),
         Fault("driver", seconds=12.5),
         Fault("persister", 0, 7),
+        Fault("partition", 1, seconds=9.0, lasts=0.5),
     )
 
 
@@ -35,11 +39,13 @@ WHEN = st.one_of(
     st.builds(lambda step: {"step": step}, st.integers(0, 10**6)),
     st.builds(lambda tenths: {"seconds": tenths / 10}, st.integers(0, 9999)),
 )
+LASTS = st.integers(1, 9999).map(lambda tenths: tenths / 10)
 
 
-@given(kind=st.sampled_from(sorted(KINDS)), target=st.integers(0, 999), when=WHEN)
-def test_a_fault_reads_as_it_is_written(kind: str, target: int, when: dict[str, float]) -> None:
-    fault = Fault(kind, target if KINDS[kind].unit else -1, **when)  # pyright: ignore[reportArgumentType]
+@given(kind=st.sampled_from(sorted(KINDS)), target=st.integers(0, 999), when=WHEN, lasts=LASTS)
+def test_a_fault_reads_as_it_is_written(kind: str, target: int, when: dict[str, float], lasts: float) -> None:
+    more = when | ({"lasts": lasts} if KINDS[kind].lasts else {})
+    fault = Fault(kind, target if KINDS[kind].unit else -1, **more)  # pyright: ignore[reportArgumentType]
     assert parse_faults(str(fault)) == (fault,)
 
 
@@ -56,6 +62,10 @@ def test_a_fault_reads_as_it_is_written(kind: str, target: int, when: dict[str, 
         ("stop:1@later", "'later' is no step or time", "write @step=50, or @12.5s"),
         ("stop:1@step=5s", "'5s' is no step", "write @step=50, or @12.5s"),
         ("stop:1@loss=5", "'loss' is no measure of time", "write @step=50, or @12.5s"),
+        ("partition:node=1@5", "it does not say for how long", "add /5s"),
+        ("partition:node=1@5/0s", "'0s' is no length of time", "write /5s"),
+        ("partition:node=1@5/9", "'9' is no length of time", "write /5s"),
+        ("kill:rank=1@5/5s", "'kill' is never over", "leave out /5s"),
         (" , ", "there is no fault in it", "as kill:rank=3@step=50, or driver@12.5s"),
     ],
 )
@@ -82,6 +92,17 @@ def test_faults_that_cannot_happen_to_the_run_are_refused() -> None:
     assert not check_faults(faults, world=3, nodes=1, steps=100)
 
 
+def test_where_no_link_can_be_cut_a_partition_is_refused_before_anything_starts(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(empty_folder))
+    refused = dltrain("chaos", "--faults", "partition:node=0@5/5s")
+    assert refused.code == 2
+    assert "no node's link can be cut here" in refused.err
+    assert "it needs ip, unshare, nsenter" in refused.err
+    assert not list(empty_folder.iterdir())
+
+
 @pytest.mark.parametrize("words", [(), ("--faults", "driver@5", "--random", "3"), ("--random", "0")])
 def test_either_faults_or_random_schedules_are_played(words: tuple[str, ...]) -> None:
     assert dltrain("chaos", *words).code == 2
@@ -99,7 +120,7 @@ def test_a_random_schedule_is_the_same_every_time() -> None:
     drawn = [random_schedule(seed, number, world=4, nodes=2, steps=100) for seed in (0, 1) for number in range(1, 101)]
     faults = [fault for faults in drawn for fault in faults]
     assert len(set(drawn)) > 190
-    assert {fault.kind for fault in faults} == set(KINDS)
+    assert {fault.kind for fault in faults} == set(KINDS) - {"partition"}
     assert {fault.target for fault in faults} == {-1, 0, 1, 2, 3}
     assert all(10 <= (fault.step or 0) <= 85 for fault in faults)
 
@@ -127,23 +148,27 @@ def test_what_differs_from_the_clean_run_is_said(trace: Trace, said: list[str]) 
 
 # played for real
 
-JOB = (
+LINKED = (
     *("resources.nodes=2", "model.widths=[4]", "model.hidden=16", "train.microbatches=4", "train.steps=400"),
-    *("checkpoint.every=20", "recovery.stall=2s"),
+    "checkpoint.every=20",
 )
+JOB = (*LINKED, "recovery.stall=2s")
 
 
 def test_whatever_is_killed_the_run_comes_out_the_same(sandbox: Sandbox) -> None:
-    faults = "kill:rank=1@step=60, persister:rank=0@90, driver@120, term:rank=1@200, node:1@260"
+    # after the driver's death three failures are blamed on the machine, and there is no other
+    faults = "persister:rank=0@40, driver@70, kill:rank=1@step=120, segv:rank=0@160, term:rank=1@200, node:1@260"
     done = sandbox.run("chaos", *JOB, "--json", "--faults", faults)
     assert done.returncode == 0, done.stderr + done.stdout
     answer = json.loads(done.stdout)
     (schedule,) = answer["schedules"]
     assert (answer["ranks"], answer["steps"], answer["identical"]) == (2, 400, 1)
     assert [one["fault"] for one in schedule["played"]] == [str(fault) for fault in parse_faults(faults)]
-    assert all(one["steps_done"] >= at for one, at in zip(schedule["played"], (60, 90, 120, 200, 260), strict=True))
-    assert schedule["played"][0]["seconds_to_new_step"] > 0
-    assert schedule["starts"] == 5
+    assert all(
+        one["steps_done"] >= at for one, at in zip(schedule["played"], (40, 70, 120, 160, 200, 260), strict=True)
+    )
+    assert schedule["played"][2]["seconds_to_new_step"] > 0
+    assert schedule["starts"] == 6
 
 
 RECIPE = """
@@ -189,3 +214,18 @@ def test_a_fault_that_comes_too_late_is_no_success(sandbox: Sandbox) -> None:
     assert done.returncode == 1, done.stderr + done.stdout
     assert "kill:rank=0@999s never happened: the run was over before" in done.stdout
     shutil.rmtree(next(sandbox.temporary.glob("dltrain-chaos-*")))
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1000)
+def test_a_short_partition_is_sat_out_and_after_a_long_one_another_machine_goes_on(sandbox: Sandbox) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    faults = "partition:node=1@60/1s, partition:node=0@200/20s"
+    done = sandbox.run("chaos", *LINKED, "--json", "--faults", faults, timeout=900)
+    assert done.returncode == 0, done.stderr + done.stdout
+    (schedule,) = json.loads(done.stdout)["schedules"]
+    short, long = schedule["played"]
+    assert short["seconds_to_new_step"] is None
+    assert long["seconds_to_new_step"] > 3
+    assert schedule["starts"] == 2

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from dltrain.launcher.chaos.machines import Machine, machines, why_not
 from launching import Sandbox, wait_for
-from machines import Machine, machines, why_not
 from ray_clusters import RayCluster, ray_head, ray_on
 from runs import RunFolder
 
@@ -124,9 +124,11 @@ def lan(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         pytest.skip(reason)
     hidden = sandbox.folder / "hidden"
     hidden.mkdir()
-    with machines(3, hidden={2: hidden}) as three, ray_on(three, tmp_path_factory.mktemp("ray"), "--num-cpus=1") as ray:
-        sandbox.prefix = three[0].prefix
-        yield Lan(three, ray, hidden)
+    with machines(3) as three:
+        three[2].run("mount", "-t", "tmpfs", "tmpfs", str(hidden))
+        with ray_on(three, tmp_path_factory.mktemp("ray"), "--num-cpus=1") as ray:
+            sandbox.prefix = three[0].prefix
+            yield Lan(three, ray, hidden)
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from dltrain.launcher.chaos.machines import Machine, machines, why_not
 from launching import Sandbox
-from machines import Machine, machines, why_not
 from ray_clusters import RayCluster, ray_on
 from wandb_server import Fault, StandIn
 

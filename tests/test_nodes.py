@@ -14,13 +14,25 @@ import pytest
 from dltrain.core.config import load_job
 from dltrain.core.elastic import legal_nodes, settled
 from dltrain.core.errors import JobError
+from dltrain.launcher.chaos.machines import machines, why_not
 from dltrain.launcher.staffing import Crew, Staffing, excluded, grown, silent_nodes, staff
 from launching import Sandbox, said, wait_for
-from machines import machines, why_not
 from ray_clusters import ray_on
 from runs import RunFolder
 from safetensors.numpy import load_file
-from stage import JOB, LAUNCH, STEPS, WAIT_AT, assert_same_run, gate, put_recipe, run_of, uninterrupted, wait_at_gate
+from stage import (
+    JOB,
+    LAUNCH,
+    STEPS,
+    WAIT_AT,
+    assert_same_run,
+    ctrl_c,
+    gate,
+    put_recipe,
+    run_of,
+    uninterrupted,
+    wait_at_gate,
+)
 
 # ---- which numbers of nodes
 
@@ -202,6 +214,26 @@ def test_a_spare_takes_the_place_of_a_lost_node(
     memory = f"in memory of 2 ranks, 1 of them from node {1 - node}'s copy"  # which there may be of that step or not
     went_on = rf"It went on from step 20, (the newest checkpoint|{memory}): \d+ steps? done again, \d+\.\d s"
     assert re.search(went_on, text), text
+
+
+@pytest.mark.slow
+def test_metrics_of_a_node_whose_agent_alone_is_stopped_are_not_lost(box: Sandbox) -> None:
+    """Its ranks get on, and no checkpoint of theirs may be ahead of the metrics that the agent holds up."""
+    closed = gate(box)
+    long = ("train.steps=1000000", "train.evaluate_every=1000000", "checkpoint.every=8s", "recovery.spares=1")
+    with box.start(*LAUNCH, *JOB, *long, "resources.cpus_per_rank=1") as process:
+        wait_at_gate(box, process)
+        run = run_of(box)
+        os.kill(agent_of(run, 1), signal.SIGSTOP)
+        closed.unlink()
+        wait_for(lambda: run.record()["generations"] > 1, what="the start on the spare", timeout=120)
+        before = len(run.steps())
+        wait_for(lambda: len(run.steps()) > before, what="steps on the spare", timeout=120)
+        ctrl_c(process)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT, out + err
+    assert re.search(r"node 1 was lost: its agent [a-z, ]+ for 30 s; another", out), out
+    assert run.steps() == list(range(1, len(run.steps()) + 1))
 
 
 @pytest.mark.campaign

@@ -18,7 +18,8 @@ from ...core.errors import DltrainError, JobError, Problem, RunFailed
 from ...core.job import Job
 from ..interrupt import StopRequests
 from ..rundir import newest_run
-from .faults import Fault, check_faults
+from .faults import KINDS, Fault, check_faults
+from .lan import Lan
 from .player import Performance, Player
 from .schedules import random_schedule
 from .stand import Stand
@@ -101,7 +102,7 @@ class Campaign:
     """One job and the cluster that it is tried on. Use :func:`campaign`."""
 
     job: Job
-    stand: Stand
+    stand: Stand | Lan
     folder: Path
     stop: StopRequests
     _kept: bool = field(default=False)
@@ -124,8 +125,7 @@ class Campaign:
 
     def trial(self, number: int, faults: tuple[Fault, ...], clean: Clean) -> Trial:
         """A run with ``faults``; what it leaves is removed if it is identical to the clean one."""
-        hangs = sum(self._stall() for fault in faults if fault.kind == "stop")
-        limit = _LEAST + _TIMES_CLEAN * clean.seconds + _PER_FAULT * len(faults) + 2 * hangs
+        limit = _LEAST + _TIMES_CLEAN * clean.seconds + sum(map(self._patience, faults))
         folder, done = self._launch(f"schedule-{number}", faults, limit=limit)
         wrong = tuple(self._wrong(folder, faults, done, clean, limit))
         if wrong:
@@ -134,9 +134,12 @@ class Campaign:
         shutil.rmtree(folder)
         return Trial(number, faults, done, wrong)
 
-    def _stall(self) -> float:
-        stall = self.job.recovery.stall
-        return stall if isinstance(stall, float) else _LEAST
+    def _patience(self, fault: Fault) -> float:
+        """How many seconds longer a run may take for a fault."""
+        recovery = self.job.recovery
+        if fault.kind == "stop":
+            return _PER_FAULT + 2 * (recovery.stall if isinstance(recovery.stall, float) else _LEAST)
+        return _PER_FAULT + (recovery.node_wait + fault.lasts if fault.lasts is not None else 0)
 
     def _wrong(
         self, folder: Path, faults: Sequence[Fault], done: Performance, clean: Clean, limit: float
@@ -163,27 +166,32 @@ class Campaign:
 
     def _launch(self, name: str, faults: Sequence[Fault], *, limit: float) -> tuple[Path, Performance]:
         """Run the job in a folder of its own while ``faults`` happen to it; the folder, and what came of it."""
+        self.stand.ready()
         folder = self.folder / name
         folder.mkdir()
         file = folder / "job.json"  # JSON is YAML
         file.write_text(json.dumps(self.job.model_dump(mode="json")), encoding="utf-8")
         restarts = max(self.job.recovery.max_restarts, 2 * len(faults))  # a fault may take two generations with it
         settings = {
-            "resources.placement": "pack",
+            "resources.placement": self.stand.placement,
             "recovery.max_restarts": restarts,
             "checkpoint.to": "null",
             "tracking.wandb.mode": "disabled",
             "tracking.tensorboard": "false",
         }
         command = [
+            *self.stand.prefix,
             *(sys.executable, "-P", "-m", "dltrain.cli", "launch", str(file)),
             *(f"{key}={value}" for key, value in settings.items()),
-            *("--run-dir", str(folder / "runs"), "--address", self.stand.address, "--quiet"),
+            *("--run-dir", str(folder / "runs"), "--address", self.stand.address, "--quiet", *self.stand.options),
         ]
         (folder / "command").write_text(shlex.join(command) + "\n", encoding="utf-8")
         watch = Watch(folder / "runs", self.job.name)
         interrupted = self.stop.leave_if_asked
-        player = Player(command, folder / "launch.log", watch, faults, limit=limit, interrupted=interrupted)
+        links = self.stand if isinstance(self.stand, Lan) else None
+        player = Player(
+            command, folder / "launch.log", watch, faults, links=links, limit=limit, interrupted=interrupted
+        )
         return folder, player.play()
 
     def close(self) -> None:
@@ -193,25 +201,29 @@ class Campaign:
 
 
 @contextmanager
-def campaign(job: Job) -> Generator[Campaign]:
-    """A cluster on this machine to try ``job`` on.
+def campaign(job: Job, faults: tuple[Fault, ...] = ()) -> Generator[Campaign]:
+    """A cluster on this machine to try ``job`` on, where ``faults`` can happen.
 
     Raises:
-        JobError: the job is wrong.
+        JobError: the job is wrong, or a fault cannot happen to it.
         ClusterError: Ray did not start.
     """
-    with StopRequests() as stop, Stand(job, stop.leave_if_asked) as stand:
+    with StopRequests() as stop:
+        cuts = sum(KINDS[fault.kind].links for fault in faults)
+        stand = Lan(job, cuts, stop.leave_if_asked) if cuts else Stand(job, stop.leave_if_asked)
+        _refuse(faults, world=stand.world, nodes=job.resources.nodes)
         problems = check_job(job, world=stand.world)
         if job.parallel.is_open:
             what = "runs that are compared to the bit need the same strategy, and each would choose for itself"
             problems.append(Problem(what, "parallel.strategy", "name one"))
         if problems:
             raise JobError(*problems)
-        trials = Campaign(job, stand, Path(tempfile.mkdtemp(prefix="dltrain-chaos-")), stop)
-        try:
-            yield trials
-        finally:
-            trials.close()
+        with stand:
+            trials = Campaign(job, stand, Path(tempfile.mkdtemp(prefix="dltrain-chaos-")), stop)
+            try:
+                yield trials
+            finally:
+                trials.close()
 
 
 def run_campaign(
@@ -224,9 +236,8 @@ def run_campaign(
         RunFailed: the job fails by itself.
         Interrupted: by a signal.
     """
-    with campaign(job) as trials:
+    with campaign(job, plan.faults) as trials:
         nodes = job.resources.nodes
-        _refuse(plan.faults, world=trials.stand.world, nodes=nodes)
         clean = trials.clean()
         _refuse(plan.faults, world=clean.world, nodes=nodes, steps=clean.steps)
         on_clean(clean)

@@ -1,4 +1,4 @@
-"""Faults as people write them: ``kill:rank=3@step=50, stop:rank=1@120, driver@12.5s``. Text to values and back."""
+"""Faults as people write them: ``kill:rank=3@step=50, partition:node=1@300/5s``. Text to values and back."""
 
 from __future__ import annotations
 
@@ -18,11 +18,21 @@ _EXAMPLE = "as kill:rank=3@step=50, or driver@12.5s"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault: what one of it hits, what happens to that, and whether training is interrupted by it."""
+    """A kind of fault.
+
+    Attributes:
+        unit: what one of it hits.
+        does: what happens to that.
+        interrupts: whether training is interrupted by it.
+        lasts: it is over after a time, which is to be said: ``/5s``.
+        links: it needs nodes with links of their own.
+    """
 
     unit: Unit
     does: str
     interrupts: bool = True
+    lasts: bool = False
+    links: bool = False
 
 
 #: Every kind, by the word for it.
@@ -34,6 +44,7 @@ KINDS: Mapping[str, Kind] = {
     "persister": Kind("rank", "the process that writes the rank's checkpoints gets SIGKILL", interrupts=False),
     "node": Kind("node", "the node's agent and all its ranks get SIGKILL"),
     "driver": Kind("", "the launcher gets SIGKILL, and the same command is started again"),
+    "partition": Kind("node", "the node's link is cut, and mended after the given time", lasts=True, links=True),
 }
 
 
@@ -46,17 +57,20 @@ class Fault:
         target: number of the rank or node; -1 where the kind takes none.
         step: it happens once the target (any rank of the node, or of all) has been seen with so many steps done.
         seconds: or so long after the first rank came to its first step; one of the two is None.
+        lasts: seconds until it is over, for kinds that are over some time.
     """
 
     kind: str
     target: int = -1
     step: int | None = None
     seconds: float | None = None
+    lasts: float | None = None
 
     def __str__(self) -> str:
         unit = KINDS[self.kind].unit
         whom = f":{unit}={self.target}" if unit else ""
-        return f"{self.kind}{whom}@" + (f"step={self.step}" if self.step is not None else f"{self.seconds:g}s")
+        when = f"step={self.step}" if self.step is not None else f"{self.seconds:g}s"
+        return f"{self.kind}{whom}@{when}" + (f"/{self.lasts:g}s" if self.lasts is not None else "")
 
 
 def parse_faults(text: str) -> tuple[Fault, ...]:
@@ -109,8 +123,9 @@ def _parse(item: str) -> Fault:
     target = _target(word, KINDS[word].unit, match["target"])
     if match["when"] is None:
         raise _Wrong("it does not say when", "add @step=50, or @12.5s")
-    step, seconds = _when(match["when"].strip())
-    return Fault(word, target, step, seconds)
+    when, slash, lasts = match["when"].partition("/")
+    step, seconds = _when(when.strip())
+    return Fault(word, target, step, seconds, _lasts(word, lasts.strip() if slash else None))
 
 
 def _target(kind: str, unit: Unit, text: str | None) -> int:
@@ -138,3 +153,15 @@ def _when(text: str) -> tuple[int | None, float | None]:
     if not equals and _SECONDS.fullmatch(value):
         return None, float(value[:-1])
     raise _Wrong(f"'{value}' is no {'step' if equals else 'step or time'}", hint)
+
+
+def _lasts(kind: str, text: str | None) -> float | None:
+    if not KINDS[kind].lasts:
+        if text is not None:
+            raise _Wrong(f"'{kind}' is never over", f"leave out /{text}")
+        return None
+    if text is None:
+        raise _Wrong("it does not say for how long", "add /5s")
+    if not _SECONDS.fullmatch(text) or not float(text[:-1]):
+        raise _Wrong(f"'{text}' is no length of time", "write /5s")
+    return float(text[:-1])

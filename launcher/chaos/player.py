@@ -1,4 +1,4 @@
-"""Plays faults against one run: starts its command, watches its ranks from outside, and sends real signals."""
+"""Plays faults against one run: starts its command, watches its ranks from outside, sends real signals, cuts links."""
 
 from __future__ import annotations
 
@@ -10,12 +10,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from .faults import KINDS, Fault
 from .watch import Seat, Watch
 
 _POLL = 0.002
 _SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+
+
+class Links(Protocol):
+    """Links of machines that can be cut: :class:`~.lan.Lan`'s."""
+
+    def cut(self, address: str, seconds: float) -> None:
+        """Cut the link of the machine at ``address`` for so long."""
+        ...
+
+    def mend(self) -> None:
+        """Mend the links whose time is over."""
+        ...
 
 
 @dataclass
@@ -28,6 +41,7 @@ class Played:
         mark: the most steps that these ranks, and all before them, had done.
         back: seconds from the fault to the end of the first step that had not been done before; None until then, and
             for good where the ranks went on as if nothing had happened.
+        sat_out: it was over before anything was started again.
     """
 
     fault: Fault
@@ -35,6 +49,7 @@ class Played:
     generation: int
     mark: int
     back: float | None = None
+    sat_out: bool = False
 
 
 @dataclass
@@ -66,6 +81,7 @@ class Player:
         log: takes the command's output.
         watch: looks at the run that the command makes.
         faults: what is to happen.
+        links: of the nodes' machines, where they have any.
         limit: seconds after which the command is killed.
         interrupted: called all the time; raises to give up.
     """
@@ -77,11 +93,12 @@ class Player:
         watch: Watch,
         faults: Sequence[Fault],
         *,
+        links: Links | None,
         limit: float,
         interrupted: Callable[[], None],
     ) -> None:
         self._command, self._log, self._watch, self._limit = command, log, watch, limit
-        self._interrupted = interrupted
+        self._interrupted, self._links = interrupted, links
         self._left = list(faults)
         self._done = Performance()
         self._first_step = math.inf
@@ -96,6 +113,8 @@ class Player:
                 code = process.poll()
                 self._watch.look()
                 self._note_progress()
+                if self._links is not None:
+                    self._links.mend()
                 if code is None:
                     for fault in [fault for fault in self._left if self._due(fault)]:
                         self._strike(fault)
@@ -148,6 +167,8 @@ class Player:
             struck = self._strike_driver()
         elif fault.kind == "node":
             struck = self._strike_node(fault.target)
+        elif fault.kind == "partition":
+            struck = self._strike_link(fault)
         else:
             seat = self._watch.seats.get(fault.target)
             struck = seat is not None and _strike_rank(fault, seat)
@@ -172,6 +193,14 @@ class Player:
                 seat.process.signal(signal.SIGKILL)
         return True
 
+    def _strike_link(self, fault: Fault) -> bool:
+        assert self._links is not None, "partitions are played where there are links"
+        assert fault.lasts is not None
+        address = self._watch.address(fault.target)
+        if address:
+            self._links.cut(address, fault.lasts)
+        return bool(address)
+
     def _note_progress(self) -> None:
         """Find out which faults the run has got over."""
         watch = self._watch
@@ -179,11 +208,14 @@ class Player:
         if watch.furthest >= 0:
             self._first_step = min(self._first_step, now)
         for played in self._done.played:
-            if played.back is None and KINDS[played.fault.kind].interrupts:
+            if played.back is None and not played.sat_out and KINDS[played.fault.kind].interrupts:
                 before = [mark for generation, mark in watch.marks.items() if generation <= played.generation]
-                played.mark = max([played.mark, *before])
+                known, played.mark = played.mark, max([played.mark, *before])
                 if watch.generation > played.generation and watch.marks.get(watch.generation, -1) > played.mark:
                     played.back = now - played.at
+                lasts = played.fault.lasts
+                over = lasts is not None and now - played.at > lasts
+                played.sat_out = over and watch.generation == played.generation and played.mark > known
 
 
 def _concerns(fault: Fault, seat: Seat) -> bool:

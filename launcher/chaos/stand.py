@@ -23,7 +23,14 @@ class Stand:
     Attributes:
         address: of the cluster, for ``--address``.
         world: number of ranks that the job has here.
+        placement: how nodes are to be placed.
+        prefix: what to put before a launch.
+        options: more of its options.
     """
+
+    placement: str = "pack"
+    prefix: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
     def __init__(self, job: Job, interrupted: Callable[[], None]) -> None:
         self._demand = demand_here(job.resources)
@@ -49,6 +56,9 @@ class Stand:
         finally:
             if self._server is not None:
                 self._server.close()
+
+    def ready(self) -> None:
+        """Make it ready for the next launch; nothing that is played here leaves it otherwise."""
 
     def _start(self) -> None:
         """Start Ray, and hold a lease on the fork server that its nodes' agents will ask for.

@@ -97,12 +97,20 @@ class Watch:
 
     def agent(self, node: int) -> Process | None:
         """The process of a node's agent."""
+        host = self._host(node)
+        return Process.of(host["agent"]) if host and name_of(host["agent"]).startswith("ray::") else None
+
+    def address(self, node: int) -> str:
+        """Of the machine that has the node now; empty where that is not known."""
+        host = self._host(node)
+        return host["address"] if host else ""
+
+    def _host(self, node: int) -> dict[str, Any] | None:
+        """What the run says of a node's machine."""
         with contextlib.suppress(OSError, ValueError):
             assert self.run is not None
             facts: dict[str, Any] = json.loads((self.run / "environment.json").read_text(encoding="utf-8"))
-            for host in facts["hosts"]:
-                if host["node"] == node and name_of(host["agent"]).startswith("ray::"):
-                    return Process.of(host["agent"])
+            return next((host for host in facts["hosts"] if host["node"] == node), None)
         return None
 
     def look(self) -> None:
