@@ -21,18 +21,12 @@ from .checkpoint import checkpoint
 from .cluster import cluster
 from .options import add_launch
 from .render import exit_code, render_error
+from .runs_command import RunsFolder, add_runs
 from .submit_command import add_submit
 
 _JOB_HELP = "A job file (default ./dltrain.yaml, else the built-in job) and key.path=value overrides."
 
 _FAULTS_HELP = "What happens, to whom, when: 'kill:rank=1@step=50, stop:rank=0@120, driver@12.5s'."
-_RUN_HELP = (
-    "A run's folder, a job's name (its newest run), name/number, or a submitted job as submit names it "
-    "(default: what was launched or submitted last)."
-)
-_Run = Annotated[str | None, typer.Argument(metavar="RUN", help=_RUN_HELP, show_default=False)]
-_Runs = Annotated[str, typer.Option("--run-dir", metavar="DIR", help="Parent of the run directories.")]
-
 app = typer.Typer(
     name="dltrain",
     add_completion=False,
@@ -44,6 +38,7 @@ config = typer.Typer(no_args_is_help=True, help="Show, describe and start job fi
 data = typer.Typer(no_args_is_help=True, help="Look at a job's data, and prepare text.")
 add_launch(app)
 add_submit(app)
+add_runs(app)
 app.add_typer(config, name="config")
 app.add_typer(data, name="data")
 app.add_typer(checkpoint, name="checkpoint")
@@ -302,71 +297,6 @@ def plan(
     )
 
 
-@app.command("status")
-def status(
-    run: _Run = None,
-    run_dir: _Runs = "runs",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Print how a run stands: state, step, ranks, loss, restarts, goodput.
-
-    Exit code: 0 running or finished, 1 failed or died, 2 no such run, 3 stopped.
-    """
-    from pathlib import Path
-
-    from .runs import show_status
-
-    raise typer.Exit(show_status(run, Path(run_dir), as_json=as_json))
-
-
-@app.command("runs")
-def runs(
-    run_dir: _Runs = "runs",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List the runs, and the submitted jobs that have none yet, the newest first."""
-    from pathlib import Path
-
-    from .runs import show_runs
-
-    raise typer.Exit(show_runs(Path(run_dir), as_json=as_json))
-
-
-@app.command("logs")
-def logs(
-    run: _Run = None,
-    run_dir: _Runs = "runs",
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends, over restarts.")] = False,
-    rank: Annotated[list[int] | None, typer.Option("--rank", metavar="N", help="This rank only; repeatable.")] = None,
-    node: Annotated[list[int] | None, typer.Option("--node", metavar="N", help="This node only; repeatable.")] = None,
-    generation: Annotated[
-        list[int] | None, typer.Option("--generation", metavar="N", help="This start of the ranks only; repeatable.")
-    ] = None,
-) -> None:
-    """Print what a run's ranks printed, of every start of the ranks; or what a submitted job printed."""
-    from pathlib import Path
-
-    from ..launcher.logs import Pick
-    from .runs import show_logs
-
-    pick = Pick(rank or None, node or None, generation or None)
-    raise typer.Exit(show_logs(run, Path(run_dir), pick=pick, follow=follow))
-
-
-@app.command("stop")
-def stop(
-    run: _Run = None,
-    run_dir: _Runs = "runs",
-    now: Annotated[bool, typer.Option("--now", help="At once, without a last checkpoint.")] = False,
-) -> None:
-    """Stop a run of this machine or a submitted job as Ctrl-C does: it saves a checkpoint, and can go on from there."""
-    from pathlib import Path
-
-    from .runs import ask_to_stop
-
-    raise typer.Exit(ask_to_stop(run, Path(run_dir), now=now))
-
-
 @app.command("doctor")
 def doctor(
     target: Annotated[list[str] | None, typer.Argument(metavar="TARGET", help=_JOB_HELP, show_default=False)] = None,
@@ -382,7 +312,7 @@ def doctor(
             "--nodes", metavar="N", min=1, help="Nodes to look at (default: all machines).", show_default=False
         ),
     ] = None,
-    run_dir: _Runs = "runs",
+    run_dir: RunsFolder = "runs",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
 ) -> None:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from ..core.errors import JobError, RunFailed
 from ..core.streams import lead_nowhere
 from ..launcher.logs import Logs, Pick
 from ..launcher.runs import RunStatus, all_runs, launched, look, stop_run
-from ..launcher.submit.adapter import OVER, JobState
+from ..launcher.submit.adapter import OVER, Adapter, JobState
+from ..launcher.submit.elsewhere import cluster_at, find_in, names_job, run_seen
 from ..launcher.submit.handle import Handle
 from ..launcher.submit.handles import all_handles, resolve, run_of
 from ..launcher.submit.jobs import output_of, state_of, stop_job
@@ -22,16 +23,50 @@ from ..launcher.view import duration
 from .render import columns
 from .summary import shown
 
+
+@dataclass(frozen=True)
+class Where:
+    """Where runs and jobs are looked for: in a runs folder, or at a cluster that knows its jobs itself."""
+
+    runs: Path
+    cluster: Adapter | None = None
+
+    @classmethod
+    def of(cls, runs: str, address: str | None, cluster: str | None) -> Where:
+        """From the options of a command.
+
+        Raises:
+            JobError: there is no such cluster.
+        """
+        return cls(Path(runs), cluster_at(address, cluster))
+
+    def find(self, word: str | None) -> tuple[Path | None, Handle | None]:
+        """What a word means: a run directory, the submitted job that drives it, or both.
+
+        Raises:
+            JobError: neither.
+            RunFailed: the cluster does not answer.
+        """
+        if self.cluster is None:
+            return resolve(self.runs, word)
+        handle = find_in(self.cluster, word)
+        return run_seen(handle), handle
+
+    def run_of(self, handle: Handle) -> Path | None:
+        """The run directory of a job, where it can be seen from here."""
+        return run_of(self.runs, handle) if self.cluster is None else run_seen(handle)
+
+
 _CODES = {"running": 0, "finished": 0, "queued": 0, "failed": 1, "died": 1, "unknown": 1, "stopped": 3}
 
 
-def show_status(run: str | None, runs: Path, *, as_json: bool) -> int:
+def show_status(run: str | None, where: Where, *, as_json: bool) -> int:
     """Print how a run stands; 0 if it is running or finished, 1 if it failed or died, 3 if it is stopped.
 
     Raises:
         JobError: there is no such run.
     """
-    path, handle = resolve(runs, run)
+    path, handle = where.find(run)
     job = _job(handle) if handle else None
     if path is None:
         assert handle is not None
@@ -103,18 +138,14 @@ def _show_job(handle: Handle, job: JobState, *, as_json: bool) -> int:
     return _CODES[job.standing]
 
 
-def show_runs(runs: Path, *, as_json: bool) -> int:
-    """Print all runs and submitted jobs of a runs folder, the newest first."""
-    listed: list[dict[str, Any]] = []
-    handles = list(all_handles(runs))
-    begun = {run_of(runs, handle): handle for handle in handles}
-    for path in all_runs(runs):
-        handle = begun.get(path)
-        listed.append(_listed(path) | {"job": handle.key if handle else ""})
-    for handle in handles:
-        if run_of(runs, handle) is None and (state := _job(handle).standing) not in ("finished", "stopped"):
-            row = {"name": f"{handle.name}/{handle.key}", "state": state, "step": 0}
-            listed.append(row | {"since": handle.submitted, "job": handle.key})
+def show_runs(where: Where, *, as_json: bool) -> int:
+    """Print all runs and submitted jobs of a runs folder, or all jobs of a cluster, the newest first.
+
+    Raises:
+        JobError: there is no such cluster.
+        RunFailed: it does not answer.
+    """
+    listed = _listed_here(where.runs) if where.cluster is None else _listed_there(where.cluster)
     listed.sort(key=lambda row: row["since"], reverse=True)
     if as_json:
         sys.stdout.write(json.dumps(listed, indent=2) + "\n")
@@ -124,12 +155,42 @@ def show_runs(runs: Path, *, as_json: bool) -> int:
         ]
         rows = [[r["name"], r["state"], str(r["step"]), when, r["job"]] for r, when in zip(listed, times, strict=True)]
         sys.stdout.write(columns([["run", "state", "step", "launched", "job"], *rows], right={2}))
+    elif where.cluster is None:
+        _say(f"there are no runs in {where.runs}")
     else:
-        _say(f"there are no runs in {runs}")
+        _say("the cluster knows no job of dltrain")
     return 0
 
 
-def _listed(path: Path) -> dict[str, Any]:
+def _listed_there(cluster: Adapter) -> list[dict[str, Any]]:
+    """The jobs of a cluster, by their runs where these are seen from here."""
+    listed: list[dict[str, Any]] = []
+    for handle, job in cluster.jobs():
+        row = {"name": f"{handle.name}/{handle.key}", "state": job.standing, "step": 0}
+        path = run_seen(handle)
+        if path is not None:
+            run = _of_run(path)
+            row |= {"name": run["name"], "step": run["step"]}
+        listed.append(row | {"since": handle.submitted, "job": handle.key})
+    return listed
+
+
+def _listed_here(runs: Path) -> list[dict[str, Any]]:
+    """The runs of a runs folder, and the submitted jobs that have none yet."""
+    listed: list[dict[str, Any]] = []
+    handles = list(all_handles(runs))
+    begun = {run_of(runs, handle): handle for handle in handles}
+    for path in all_runs(runs):
+        handle = begun.get(path)
+        listed.append(_of_run(path) | {"job": handle.key if handle else ""})
+    for handle in handles:
+        if run_of(runs, handle) is None and (state := _job(handle).standing) not in ("finished", "stopped"):
+            row = {"name": f"{handle.name}/{handle.key}", "state": state, "step": 0}
+            listed.append(row | {"since": handle.submitted, "job": handle.key})
+    return listed
+
+
+def _of_run(path: Path) -> dict[str, Any]:
     """What a list says of a run, also of one whose record cannot be read."""
     try:
         status = look(path)
@@ -147,14 +208,14 @@ def _place(rank: Mapping[str, Any]) -> str:
     return f"node {rank['node']}, {step}, in {rank['phase']} for {rank['seconds']} s"
 
 
-def show_logs(run: str | None, runs: Path, *, pick: Pick, follow: bool) -> int:
+def show_logs(run: str | None, where: Where, *, pick: Pick, follow: bool) -> int:
     """Print what a run's ranks printed; 130 when Ctrl-C ended it.
 
     Raises:
         JobError: there is no such run.
     """
-    path, handle = resolve(runs, run)
-    if handle is not None and (path is None or run == f"{handle.name}/{handle.key}"):
+    path, handle = where.find(run)
+    if handle is not None and (path is None or names_job(handle, run)):
         lines = output_of(handle, follow=follow)
     else:
         assert path is not None
@@ -172,17 +233,17 @@ def show_logs(run: str | None, runs: Path, *, pick: Pick, follow: bool) -> int:
     return 0
 
 
-def ask_to_stop(run: str | None, runs: Path, *, now: bool) -> int:
+def ask_to_stop(run: str | None, where: Where, *, now: bool) -> int:
     """Have a run end, and say how it did; 0 when it is not running any more, also when it was not before.
 
     Raises:
         JobError: there is no such run, or its driver is on another machine.
         RunFailed: it did not end in time.
     """
-    path, handle = resolve(runs, run)
+    path, handle = where.find(run)
     if handle is not None and state_of(handle).standing not in OVER:
         job = stop_job(handle, now=now, say=_say)
-        path = path or run_of(runs, handle)
+        path = path or where.run_of(handle)
         _say(f"{handle.name}/{handle.key}: {job}")
     if path is not None:
         status = stop_run(path, now=now, say=_say)

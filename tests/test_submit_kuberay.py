@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -23,6 +24,7 @@ from dltrain.launcher.submit.clusters import template
 from dltrain.launcher.submit.handle import Handle
 from dltrain.launcher.submit.jobs import output_of
 from dltrain.launcher.submit.schemas import RAY_JOB, faults
+from launching import BIN
 from ruamel.yaml import YAML
 
 KUBECTL = """\
@@ -30,6 +32,7 @@ KUBECTL = """\
 echo "$@" >>kubectl.calls
 case "$*" in
 *create*) cat >>manifests.yaml; echo --- >>manifests.yaml; echo '{"metadata": {"uid": "u-1"}}' ;;
+*"get rayjobs"*) cat list.json ;;
 *"get rayjob"*) cat status.json ;;
 *"get pods"*) echo pod/head-1 ;;
 *logs*) echo step 1/3 ;;
@@ -96,6 +99,28 @@ def test_a_log_that_is_followed_is_let_go(folder: Path) -> None:
     assert next(pieces) == b"step 1/3\n"
     cast("Generator[bytes]", pieces).close()
     assert Path("ended").exists()
+
+
+def test_jobs_are_found_in_kubernetes_where_no_handle_is(folder: Path) -> None:
+    assert dltrain("submit", "--cluster", "k", "name=net", "train.steps=3").code == 0
+    job = next(YAML(typ="safe").load_all(Path("manifests.yaml").read_text(encoding="utf-8")))
+    status = {"status": {"jobStatus": "RUNNING", "jobDeploymentStatus": "Running", "rayClusterName": "c-1"}}
+    job["metadata"]["creationTimestamp"] = "2026-01-02T03:04:05Z"
+    others = {"metadata": {"name": "other", "creationTimestamp": "2026-01-02T03:04:06Z"}}
+    Path("list.json").write_text(json.dumps({"items": [job | status, others]}), encoding="utf-8")
+    Path("status.json").write_text(json.dumps(status), encoding="utf-8")
+    shutil.rmtree("runs")
+    listed = dltrain("runs", "--cluster", "k", "--json")
+    (row,) = json.loads(listed.out)
+    key = "kuberay-" + job["metadata"]["name"].rpartition("-")[2]
+    assert row == {"name": f"net/{key}", "state": "running", "step": 0, "since": 1767323045.0, "job": key}
+    assert dltrain("status", "net", "--cluster", "k").out == f"net/{key}  running (RUNNING, Running)\n"
+    shown = subprocess.run([BIN / "dltrain", "logs", key, "--cluster", "k"], capture_output=True, text=True, check=True)
+    assert shown.stdout == "step 1/3\n"
+    assert f"net/{key}: stopped (STOPPED)" in dltrain("stop", "--cluster", "k").out
+    unknown = dltrain("status", "nett", "--cluster", "k")
+    assert unknown.code == 2
+    assert "the cluster knows no job 'nett'" in unknown.err
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,72 @@ def test_nothing_of_a_tunnel_stays(sandbox: Sandbox) -> None:
     assert (missing.returncode, "there is no 'ray' on the path" in missing.stdout) == (1, True), missing.stderr
 
 
+WAITING = """\
+import os, pathlib, time
+print("rank", os.environ["RANK"], "waits")
+pathlib.Path("waiting").touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("aiohttp_cors") is None, reason="needs ray[default], for the dashboard")
+def test_a_job_is_listed_followed_and_stopped_by_the_address_where_nothing_of_it_lies(
+    sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    port = free_ports(4)[-1]
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (sandbox.folder / "train.py").write_text(WAITING, encoding="utf-8")
+    (sandbox.folder / "c.yaml").write_text(f"kind: ray\naddress: http://127.0.0.1:{port}\n", encoding="utf-8")
+    options = ("--num-cpus=2", "--include-dashboard=true", f"--dashboard-port={port}")
+    with ray_head(tmp_path_factory.mktemp("ray"), *options, PATH=f"{BIN}:{sandbox.environ['PATH']}") as head:
+
+        def there(*command: str, code: int = 0) -> str:
+            done = sandbox.run(*command, f"--address=http://127.0.0.1:{port}", f"--run-dir={elsewhere}")
+            assert done.returncode == code, done.stdout + done.stderr
+            return done.stdout
+
+        assert "knows no job of dltrain" in there("runs")
+        done = sandbox.run("submit", "--cluster", "c", "--run-dir", "runs", "train.py")
+        assert done.returncode == 0, done.stderr
+        name = done.stdout.partition("submitted ")[2].split()[0]
+        number = name.partition("/ray-")[2]
+        run = sandbox.folder / "runs/train/0001"
+
+        wait_for(lambda: "rank 0 waits" in there("logs", number), what="the rank", timeout=120)
+        (job,) = json.loads(there("runs", "--json"))
+        assert (job["name"], job["state"], job["job"]) == ("train/0001", "running", f"ray-{number}")
+        for word in (name, number, "train"):
+            status = json.loads(there("status", "--json", word))
+            assert (status["run"], status["job"]["id"], status["state"]) == (str(run), number, "running")
+        with sandbox.start("logs", "-f", name, f"--address=http://127.0.0.1:{port}") as following:
+            assert f"{name}: stopped" in there("stop", "train")
+            out, err = following.communicate(timeout=60)
+        assert following.returncode == 0, err
+        assert "rank 0 waits" in out
+        assert "stopped" in there("status", code=3)
+        assert not list(elsewhere.iterdir())
+        assert not head.agents()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--address head:6379", "the dashboard's, such as http://head:8265"),
+        ("--address http://127.0.0.1:1", "the Ray cluster at http://127.0.0.1:1 does not answer"),
+        ("--address http://a:1 --cluster c", "--address: cannot stand beside --cluster"),
+        ("--cluster gone", "there is no cluster file 'gone'"),
+        ("--cluster hostfile", "hosts over ssh keep no list of jobs"),
+    ],
+)
+def test_a_cluster_that_cannot_be_asked_is_named(options: str, says: str, empty_folder: Path) -> None:
+    Path("hostfile").write_text("m0 slots=1\n", encoding="utf-8")
+    for command in ("runs", "status", "logs", "stop"):
+        refused = dltrain(command, *options.split())
+        assert refused.code == (1 if "does not answer" in says else 2)
+        assert says in " ".join(refused.err.split())
+
+
 def test_code_that_is_too_much_is_refused_with_the_largest_files(empty_folder: Path) -> None:
     Path("c.yaml").write_text("kind: ray\naddress: http://a:1\nlimit_mb: 0.01\n", encoding="utf-8")
     Path("weights.bin").write_bytes(bytes(20_000))

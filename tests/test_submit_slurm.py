@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from command import dltrain
 from dltrain.launcher.submit.handle import Handle
 from dltrain.launcher.submit.handles import write_handle
-from launching import Sandbox, wait_for
+from launching import BIN, Sandbox, wait_for
 from runs import RunFolder
 from slurm_cluster import SlurmCluster, slurm, why_not
 from stage import JOB, assert_same_run, gate, put_recipe
@@ -132,6 +134,46 @@ def test_a_job_that_sbatch_gave_to_another_cluster_is_asked_for_there(
     monkeypatch.setenv("PATH", f"{empty_folder}/bin:/usr/bin:/bin")
     write_handle(Path("runs"), Handle("slurm", "7", "digits", {"cluster": "far"}))
     assert dltrain("status").out == "digits/slurm-7  running (RUNNING)\n"
+
+
+JOBS = """\
+#!/bin/sh
+case "$4" in
+"") cat {folder}/jobs ;;
+*) grep "^JobId=$4 " {folder}/jobs ;;
+esac
+"""
+
+
+def test_jobs_are_found_in_slurm_where_no_handle_is(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a scontrol that answers as the real one does; the jobs of others, and those of no dltrain, are left out."""
+    me, runs = f"me({os.getuid()})", empty_folder / "shared runs"
+    when = "ExitCode=0:0 SubmitTime=2026-01-02T03:04:0{}"
+    line = f"JobId={{}} JobName={{}} UserId={{}} JobState={{}} Reason=None {when} StdOut={{}} Power="
+    rows = [
+        line.format(41, "digits", me, "COMPLETED", 1, runs / "digits/slurm-41.log"),
+        line.format(42, "digits", me, "RUNNING", 2, runs / "digits/slurm-42.log"),
+        line.format(43, "digits", "other(1)", "RUNNING", 3, runs / "digits/slurm-43.log"),
+        line.format(44, "digits", me, "RUNNING", 4, empty_folder / "slurm-44.out"),
+    ]
+    Path("jobs").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    Path("bin").mkdir()
+    Path("bin/scontrol").write_text(JOBS.format(folder=empty_folder), encoding="utf-8")
+    Path("bin/scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{empty_folder}/bin:/usr/bin:/bin")
+    Path("here.yaml").write_text(CLUSTER, encoding="utf-8")
+    (runs / "digits").mkdir(parents=True)
+    (runs / "digits/slurm-42.log").write_text("the launch\n", encoding="utf-8")
+    listed = dltrain("runs", "--cluster", "here", "--json")
+    assert listed.code == 0, listed.err
+    assert [(row["name"], row["state"]) for row in json.loads(listed.out)] == [
+        ("digits/slurm-42", "running"),
+        ("digits/slurm-41", "finished"),
+    ]
+    for word in ((), ("42",), ("digits",), ("slurm-42",), ("digits/slurm-42",)):
+        assert dltrain("status", *word, "--cluster", "here").out == "digits/slurm-42  running (RUNNING)\n"
+    logs = [BIN / "dltrain", "logs", "42", "--cluster", "here"]
+    assert subprocess.run(logs, capture_output=True, text=True, check=True).stdout == "the launch\n"
 
 
 def test_a_dry_run_shows_the_script_and_starts_nothing(empty_folder: Path) -> None:

@@ -60,6 +60,10 @@ class Adapter(ABC):
     def hand_over(self, submission: Submission, say: Callable[[str], None]) -> Handle:
         """Give the job to the cluster, and return at once; raises RunFailed where it is not taken."""
 
+    @abstractmethod
+    def jobs(self) -> list[tuple[Handle, JobState]]:
+        """The jobs of dltrain that the cluster knows, and how each stands; raises RunFailed where nobody answers."""
+
     @staticmethod
     @abstractmethod
     def state(handle: Handle) -> JobState:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .schemas import RAY_JOB, faults
 from .steps import Steps, Submission
 
 _RUNS = "dltrain/runs"  # the annotation that says where runs are
+_JOB, _GRACE = "dltrain/job", "dltrain/stop-grace"  # those by which a job is found again
 _LIMIT_MB = 0.7  # of a ConfigMap's 1 MiB, a third goes to its text form
 _PATIENCE = 60.0  # seconds for an answer of kubectl
 _CODE = "/dltrain"
@@ -125,6 +127,24 @@ class KubeRay(Adapter):
         where = {"name": self._name(number), "namespace": self._namespace}
         return submission.handle(self.kind, number, where, runs=runs)
 
+    def jobs(self) -> list[tuple[Handle, JobState]]:
+        """The RayJobs of dltrain in the file's namespace; raises RunFailed where Kubernetes does not answer."""
+        done = _kubectl(("kubectl", *self._flags, "get", "rayjobs", "--output=json"))
+        if done.returncode:
+            raise RunFailed(f"Kubernetes does not list its RayJobs: {done.stderr.strip()}")
+        found: list[tuple[Handle, JobState]] = []
+        for item in json.loads(done.stdout)["items"]:
+            metadata: dict[str, Any] = item["metadata"]
+            said: dict[str, str] = metadata.get("annotations", {})
+            if _JOB not in said:
+                continue
+            since = datetime.fromisoformat(metadata["creationTimestamp"]).timestamp()
+            where = {"name": metadata["name"], "namespace": metadata.get("namespace", "")}
+            number, grace = metadata["name"].rpartition("-")[2], float(said[_GRACE])
+            handle = Handle(self.kind, number, said[_JOB], where, since, said[_RUNS], grace)
+            found.append((handle, _state(item.get("status", {}))))
+        return found
+
     @property
     def _flags(self) -> tuple[str, ...]:
         return (f"--namespace={self._namespace}",) if self._namespace else ()
@@ -155,6 +175,7 @@ class KubeRay(Adapter):
         job = copy.deepcopy(self._manifest)
         name = self._name(number)
         job["metadata"]["name"] = name
+        job["metadata"]["annotations"] |= {_JOB: submission.name, _GRACE: str(submission.stop_grace)}
         spec = job["spec"]
         runs = f"--run-dir={job['metadata']['annotations'][_RUNS]}"
         words = ("launch", *submission.options, runs, "--address=auto", f"--submission={self.kind}-{number}")
@@ -181,9 +202,7 @@ class KubeRay(Adapter):
         status = _status(handle)
         if status is None:
             return JobState("unknown", "Kubernetes does not have it any more")
-        job, deployment = str(status.get("jobStatus", "")), str(status.get("jobDeploymentStatus", ""))
-        standing = "failed" if deployment == "Failed" and job != "STOPPED" else _STANDING.get(job, "queued")
-        return JobState(standing, ", ".join(filter(None, [job, deployment, str(status.get("message", ""))])))
+        return _state(status)
 
     @staticmethod
     def output(handle: Handle, *, follow: bool) -> Iterator[bytes]:
@@ -223,6 +242,12 @@ class KubeRay(Adapter):
             done = _kubectl(("kubectl", *_in(handle), "exec", pods[0], "--", *stop))
         if done.returncode:
             raise RunFailed(f"kubectl has not stopped {name}: {done.stderr.strip()}")
+
+
+def _state(status: Mapping[str, Any]) -> JobState:
+    job, deployment = str(status.get("jobStatus", "")), str(status.get("jobDeploymentStatus", ""))
+    standing = "failed" if deployment == "Failed" and job != "STOPPED" else _STANDING.get(job, "queued")
+    return JobState(standing, ", ".join(filter(None, [job, deployment, str(status.get("message", ""))])))
 
 
 def _status(handle: Handle) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ _STANDING: dict[str, Standing] = {
     "FAILED": "failed",
 }
 _STOPPED = (130, 143)
+_NAME, _RUNS, _GRACE = "dltrain", "dltrain/runs", "dltrain/stop_grace"  # keys of a job's metadata, all text
 _END = 120  # seconds that a launch may take to end beside its ranks' own
 
 
@@ -67,15 +68,24 @@ class RayJobs(Adapter):
         """
         file = checked(RayFile, document, path)
         problems: list[Problem] = []
-        if not file.address.startswith(("http://", "https://")):
-            hint = "the dashboard's, such as http://head:8265; dltrain launch --address takes host:6379"
-            problems.append(Problem(f"'{file.address}' is no URL", place(document, path, ("address",)), hint))
+        problems += _no_url(file.address, place(document, path, ("address",)))
         if file.runs and not Path(file.runs).is_absolute():
             what = f"'{file.runs}' is no absolute path"
             problems.append(Problem(what, place(document, path, ("runs",)), "the machines have no common folder"))
         if problems:
             raise JobError(*problems)
         return cls(file, path)
+
+    @classmethod
+    def at(cls, address: str) -> RayJobs:
+        """The cluster whose dashboard is at ``address``, without a file.
+
+        Raises:
+            JobError: it is no URL.
+        """
+        if problems := _no_url(address, "--address"):
+            raise JobError(*problems)
+        return cls(RayFile(kind="ray", address=address), Path())
 
     def check(self) -> list[str]:
         """What the file says; the cluster is not asked."""
@@ -118,9 +128,14 @@ class RayJobs(Adapter):
         """
         code, names = self._code(submission), self._variables(submission)
         number = new_number()
-        send(self._file.address, submission, code, names, self._entrypoint(submission, number), number, say)
-        runs = self._file.runs or str(submission.runs)
-        return submission.handle(self.kind, number, {"address": self._file.address}, runs=runs)
+        where = {"address": self._file.address}
+        handle = submission.handle(self.kind, number, where, runs=self._file.runs)
+        send(self._file.address, submission, code, names, self._entrypoint(submission, number), handle, say)
+        return handle
+
+    def jobs(self) -> list[tuple[Handle, JobState]]:
+        """The jobs of dltrain that Ray knows; raises RunFailed where the cluster does not answer."""
+        return jobs_at(self._file.address)
 
     @staticmethod
     def state(handle: Handle) -> JobState:
@@ -136,6 +151,13 @@ class RayJobs(Adapter):
     def stop(handle: Handle, *, now: bool) -> None:
         """Have Ray signal the driver; raises RunFailed where the cluster does not answer, or ``now`` is asked."""
         stop_at(handle.cluster["address"], handle.id, now=now)
+
+
+def _no_url(address: str, where: str) -> list[Problem]:
+    if address.startswith(("http://", "https://")):
+        return []
+    hint = "the dashboard's, such as http://head:8265; dltrain launch --address takes host:6379"
+    return [Problem(f"'{address}' is no URL", where, hint)]
 
 
 def new_number() -> str:
@@ -155,10 +177,10 @@ def send(
     code: Code,
     names: Sequence[str],
     entrypoint: str,
-    number: str,
+    handle: Handle,
     say: Callable[[str], None],
 ) -> None:
-    """Send code, and the job called ``number``, to the dashboard at ``address``.
+    """Send code, and the job of ``handle``, to the dashboard at ``address``, from where others find it again.
 
     Raises:
         RunFailed: it does not answer, or does not take the job.
@@ -175,9 +197,9 @@ def send(
             "py_modules": [f"{folder}/dltrain"],
             "env_vars": environment,
         }
-        metadata = {"dltrain": submission.name}
+        metadata = {_NAME: handle.name, _RUNS: handle.runs, _GRACE: str(handle.stop_grace)}
         try:
-            client.submit_job(entrypoint=entrypoint, submission_id=number, metadata=metadata, runtime_env=runtime)
+            client.submit_job(entrypoint=entrypoint, submission_id=handle.id, metadata=metadata, runtime_env=runtime)
         except (RuntimeError, OSError) as error:
             raise RunFailed(f"the Ray cluster at {address} has not taken the job: {error}") from None
 
@@ -196,6 +218,39 @@ def state_at(address: str, number: str) -> JobState:
             if "does not exist" in str(error):
                 return JobState("unknown", "the cluster does not know it")
             raise
+    return _state(info)
+
+
+def jobs_at(address: str) -> list[tuple[Handle, JobState]]:
+    """The jobs that dltrain has submitted to a cluster, and how they stand.
+
+    Raises:
+        RunFailed: the cluster does not answer.
+    """
+    client = _client(address)
+    with _asked(address, "its jobs"):
+        listed = client.list_jobs()
+    return [(_found(info, address), _state(info)) for info in listed if info.submission_id and _NAME in _said(info)]
+
+
+def _found(info: Any, address: str) -> Handle:
+    said = _said(info)
+    return Handle(
+        kind=RayJobs.kind,
+        id=str(info.submission_id),
+        name=said[_NAME],
+        cluster={"address": address},
+        submitted=(info.start_time or 0) / 1000,
+        runs=said.get(_RUNS, ""),
+        stop_grace=float(said.get(_GRACE, 0)),
+    )
+
+
+def _said(info: Any) -> dict[str, str]:
+    return info.metadata or {}
+
+
+def _state(info: Any) -> JobState:
     status = str(info.status.value)
     if info.driver_exit_code in _STOPPED:
         return JobState("stopped", f"{status}, exit code {info.driver_exit_code}")

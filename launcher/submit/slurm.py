@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +16,7 @@ from pydantic import Field
 from ...core.document import Document
 from ...core.errors import JobError, Problem, RunFailed
 from ...core.job import Resources
+from ...core.recovery import RecoverySpec
 from ...core.spec import Duration, Spec
 from .adapter import OVER, Adapter, JobState, Standing, checked, place
 from .follow import lines_of
@@ -29,6 +33,8 @@ _STANDING: dict[str, Standing] = {
     "COMPLETED": "finished",
     "CANCELLED": "stopped",
 }
+_FIELD = re.compile(r"([A-Za-z][\w:/]*)=(.*?)(?=\s+[A-Za-z][\w:/]*=|\s*$)")  # of scontrol's lines
+_GRACE: float = RecoverySpec.model_fields["stop_grace"].default  # Slurm is not told a job's own
 _STOPPED = ("130:0", "143:0")  # exit codes of a launch that was asked to stop
 
 
@@ -140,6 +146,24 @@ class Slurm(Adapter):
             nodes=submission.machines,
             requeue=file.requeue,
         )
+
+    def jobs(self) -> list[tuple[Handle, JobState]]:
+        """This user's jobs that Slurm still knows, those of dltrain told by where they log; raises RunFailed."""
+        done = _ask("scontrol", "show", "job", "--oneliner")
+        if done.returncode:
+            raise RunFailed(f"Slurm does not list its jobs: {done.stderr.strip()}")
+        found: list[tuple[Handle, JobState]] = []
+        for line in done.stdout.splitlines():
+            fields = dict(_FIELD.findall(line))
+            number, name, log = fields.get("JobId", ""), fields.get("JobName", ""), Path(fields.get("StdOut", ""))
+            mine = fields.get("UserId", "").endswith(f"({os.getuid()})")
+            if not mine or (log.parent.name, log.name) != (name, f"{self.kind}-{number}.log"):
+                continue
+            since = datetime.fromisoformat(fields["SubmitTime"]).timestamp()
+            handle = Handle(self.kind, number, name, {}, since, str(log.parent.parent), _GRACE)
+            state = _state(fields.get("JobState", ""), fields.get("ExitCode", ""), fields.get("Reason", ""))
+            found.append((handle, state))
+        return found
 
     @staticmethod
     def state(handle: Handle) -> JobState:

@@ -141,6 +141,15 @@ class Ssh(Adapter):
         process.stdin.close()
         return submission.handle(self.kind, number, {"driver": asdict(driver)})
 
+    def jobs(self) -> list[tuple[Handle, JobState]]:
+        """Hosts know of no jobs.
+
+        Raises:
+            JobError: always.
+        """
+        what = "hosts over ssh keep no list of jobs: each is known in the runs folder that it was submitted from"
+        raise JobError(Problem(what, "--cluster", "look there with --run-dir"))
+
     @staticmethod
     def state(handle: Handle) -> JobState:
         """How the job stands: by its driver where that can be seen, else by what it has left."""

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ...core.errors import JobError, Problem, RunFailed
 from .adapter import Adapter, JobState, place
 from .code import code_of, dltrain_code
 from .handle import Handle
-from .ray_jobs import launch_command, new_number, output_at, send, state_at, stop_at
+from .ray_jobs import jobs_at, launch_command, new_number, output_at, send, state_at, stop_at
 from .schemas import faults, ray_launcher
 from .steps import Steps, Submission
 
@@ -100,10 +101,17 @@ class Machines(Adapter):
             raise RunFailed("ray up has failed: what it said stands above")
         number = new_number()
         entrypoint = self._entrypoint(submission, number)
+        handle = submission.handle(self.kind, number, {"file": str(self._path)})
         with _tunnel(self._path) as address:
-            send(address, submission, code, submission.job_variables(), entrypoint, number, say)
+            send(address, submission, code, submission.job_variables(), entrypoint, handle, say)
         say(f"the machines stay until: ray down {self._path}")
-        return submission.handle(self.kind, number, {"file": str(self._path)})
+        return handle
+
+    def jobs(self) -> list[tuple[Handle, JobState]]:
+        """The jobs of dltrain that the head knows; raises RunFailed where it cannot be reached."""
+        with _tunnel(self._path) as address:
+            where = {"file": str(self._path)}
+            return [(replace(handle, kind=self.kind, cluster=where), state) for handle, state in jobs_at(address)]
 
     @staticmethod
     def state(handle: Handle) -> JobState:
