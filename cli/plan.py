@@ -18,7 +18,8 @@ from ..core.config import load_job
 from ..core.errors import JobError, Problem
 from ..core.job import Job
 from ..launcher.hardware import Machines, machines_for
-from ..launcher.plan import Plan, Row, label, make_plan, size
+from ..launcher.plan import Plan, make_plan
+from ..launcher.rows import Row, label, size
 from ..models.registry import RECIPES
 from .arguments import job_target
 from .render import parse_size

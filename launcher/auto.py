@@ -13,7 +13,8 @@ from ..core.job import Job
 from .candidates import applied, candidates, with_values
 from .demand import Demand
 from .hardware import Machines, options_of
-from .plan import Plan, Row, label, make_plan, size
+from .plan import Plan, make_plan
+from .rows import Row, label, size
 
 
 @dataclass(frozen=True)

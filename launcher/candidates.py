@@ -15,6 +15,7 @@ from ..core.job import Job
 from ..core.parallel import Parallel, microbatches_per_step
 
 _DEEPEST = 16  # stages; more are seldom worth their bubble
+_ZERO = ("zero1", "zero2", "zero3")
 _KEPT = ("bucket_mb", "deepspeed", "offload", "compress", "pipeline_schedule", "pipeline_chunks", "reduce", "reshard")
 
 
@@ -36,10 +37,13 @@ class Candidate:
 
     @property
     def depth(self) -> int:
-        """How involved it is: 0 for data-parallel ranks alone, 1 with tensor groups, 2 with pipelines."""
+        """How involved it is: 0 for ddp and fsdp, 1 with several sharded copies and for ZeRO, 2 with tensor groups, 3
+        with pipelines."""
         if self.values.get("parallel.pipeline", 1) > 1:
+            return 3
+        if self.values.get("parallel.tensor", 1) > 1:
             return 2
-        return 1 if self.values.get("parallel.tensor", 1) > 1 else 0
+        return 1 if len(self.values) > 1 or self.values.get("parallel.strategy", "") in _ZERO else 0
 
 
 def candidates(job: Job, *, nodes: int, per_node: int) -> list[Candidate]:
@@ -136,11 +140,11 @@ def _meshes(world: int, per_node: int) -> Iterator[dict[str, Any]]:
     if world == 1:
         return
     nodes = world // per_node
-    for strategy in ("zero1", "zero2", "fsdp"):
-        yield {"parallel.strategy": strategy}
+    yield {"parallel.strategy": "fsdp"}
     if nodes > 1 and per_node > 1:
         yield {"parallel.strategy": "fsdp", "parallel.replicas": nodes}
-    yield {"parallel.strategy": "zero3"}
+    for strategy in _ZERO:
+        yield {"parallel.strategy": strategy}
     for strategy in ("ddp", "fsdp"):
         for tensor in _powers(per_node):
             yield {"parallel.strategy": strategy, "parallel.tensor": tensor}

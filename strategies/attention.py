@@ -31,7 +31,7 @@ class Fused(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention and self._takes(args, kwargs):
             query, key, value, *more = args
             mask = kwargs.get("attn_mask", more[0] if more else None)

@@ -8,7 +8,7 @@ collectives send. Storages that are resized in place, as FSDP's, are followed to
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, cast
 
@@ -19,7 +19,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 #: What memory is held for. 'other' is activations, and all that lives within an operation's neighbourhood only.
@@ -28,6 +27,7 @@ KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer", "communication",
 
 _HOST = 65536  # elements; integers of fewer are figures that programs read, such as a mesh or a message
 _HALF = (torch.float16, torch.bfloat16)
+_DEVICE = torch.ops.prim.device.default
 _REDUCES = ("allreduce", "all_reduce")
 _SCATTERS = ("reduce_scatter",)
 _GATHERS = ("allgather", "all_gather")
@@ -169,10 +169,12 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # of all calls most are this question
         kwargs = kwargs or {}
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes back with what it does to this rank's piece
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = [*_tensors(args), *_tensors(kwargs.values())]
         if func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func, args, given)
         elif not any(isinstance(tensor, FakeTensor) for tensor in given):
@@ -195,7 +197,7 @@ class Ledger(TorchDispatchMode):
 
     def _made(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], result: Any) -> None:
         fresh = 0
-        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and not leaf.is_meta]
+        leaves = [leaf for leaf in _tensors((result,)) if not leaf.is_meta]
         for leaf in leaves:
             fresh += self._see(leaf.untyped_storage())
             if func.overloadpacket is torch.ops.aten.any:  # such as: is any of them not finite
@@ -324,6 +326,15 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 def _is_figure(result: Any) -> bool:
     """Whether a new tensor is one of integers that a program will read."""
     return isinstance(result, Tensor) and not result.is_floating_point() and result.numel() <= _HOST
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or results, which may be lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _storages(tensor: Tensor | None) -> list[torch.UntypedStorage]:

@@ -87,10 +87,10 @@ def test_what_does_not_fit_whole_is_sharded() -> None:
 
 def test_the_first_of_the_table_is_taken_though_fewer_ways_are_looked_at() -> None:
     job = job_of(AUTO, {"train": {"compile": True}})
-    for machines in (two_ranks(2 * GIB), Machines(2, 1, GPUS["T4-16GB"], GPUS["T4-16GB"].memory)):
-        plan = make_plan(job, machines, said=lambda _: None)
-        assert plan.best is not None
-        assert plan.best.values == chosen(job, machines).values
+    machines = Machines(2, 1, GPUS["T4-16GB"], GPUS["T4-16GB"].memory)
+    plan = make_plan(job, machines, said=lambda _: None)
+    assert plan.best is not None
+    assert plan.best.values == chosen(job, machines).values
 
 
 def ways(job: Job, *, nodes: int = 1, per_node: int = 8) -> dict[str, str]:
