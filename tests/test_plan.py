@@ -107,6 +107,16 @@ def test_all_ranks_together_compute_the_same_and_share_what_they_hold() -> None:
             assert all(sum(each["peaks"]["evaluate"].values()) > 0 for each in found)
 
 
+@pytest.mark.slow
+def test_deepspeed_leaves_nothing_behind_in_what_follows_a_step() -> None:
+    """It would put its own linear in the place of torch's."""
+    sharded = job_of("parallel.strategy=fsdp", "train.recompute=true")
+    with DryRuns(1) as runs:
+        before = ask(runs, sharded, world=2)
+        assert "problems" not in ask(runs, job_of("parallel.strategy=zero3"), world=2)
+        assert ask(runs, sharded, world=2) == before
+
+
 def test_the_table_and_its_first_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = dltrain("plan", *LM, "--nodes", "2", "--gpus-per-node", "1", "--gpu", "T4")
