@@ -93,9 +93,9 @@ def _command(job: Job, planned: Machines, target: Sequence[str]) -> str:
 def _reason(plan: Plan, best: Row) -> str:
     """Why it is the first, in one line."""
     taken = f"{size(best.total)} of {size(plan.machines.memory)} a rank"
-    large = [row for row in plan.rows if row.state == "too large" and len(row.values) == 1]
+    large = [row for row in plan.rows if row.state == "too large"]
     if large:
-        return f"{taken} ({label(large[-1].values)} would take {size(large[-1].total)})"
+        return f"{taken} ({large[-1].values['parallel.strategy']} would take {size(large[-1].total)})"
     fits = sum(row.state == "fits" for row in plan.rows)
     return f"{taken}, the first of {fits} that fit" if fits > 1 else f"{taken}, and no other would be notably faster"
 
@@ -103,6 +103,6 @@ def _reason(plan: Plan, best: Row) -> str:
 def _refusal(plan: Plan, command: str) -> list[Problem]:
     closest = f"what comes closest: {label(plan.closest.values)}" if plan.closest is not None else ""
     hint = "; ".join(filter(None, [closest, command.removeprefix("; ")]))
-    memory = f" within the {size(plan.machines.memory)} of each of {plan.machines.world} ranks"
-    head = Problem(f"no strategy fits{memory if plan.closest is not None else ''}", "parallel.strategy", hint)
+    memory = f" within the {size(plan.machines.memory)} of each rank" if plan.closest is not None else ""
+    head = Problem(f"no strategy fits{memory}", "parallel.strategy", hint)
     return [head, *(Problem(row.reason, label(row.values)) for row in plan.rows)]
