@@ -82,7 +82,7 @@ def foretold(runs: DryRuns, world: int, asked: dict[str, Any]) -> float:
     return max(sum(kinds.values()) for found in peaks for kinds in found.values())
 
 
-@pytest.mark.campaign
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_what_is_foretold_is_what_the_allocator_has(tmp_path: Path) -> None:
     asked = [(world, f"{model} on {world}: {p} {t}", cell(model, p, t, e)) for model, world, p, t, e in cells()]
