@@ -53,7 +53,7 @@ def test_the_best_checkpoint_stays_beside_the_newest(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_due_by_the_clock_on_every_rank_at_once(tmp_path: Path) -> None:
-    run = train_ranks(tmp_path, 2, *MODEL, "train.steps=300", "checkpoint.every=0.2s", "checkpoint.keep=99")
+    run = train_ranks(tmp_path, 2, *MODEL, "train.steps=300", "checkpoint.every=0.05s", "checkpoint.keep=99")
     found = steps(run)
     assert found[0] == 300
     assert len(found) > 1  # each of one step, or there would be no manifest
