@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,18 +21,26 @@ _LAG = 5.0  # seconds until a file that was just made is seen on every machine t
 
 
 class Probe:
-    """A file in a folder that nodes are asked whether they see it; it is there until :meth:`close`."""
+    """A file in a folder that nodes are asked whether they see it; it is there until :meth:`close`.
+
+    Raises:
+        ClusterError: it cannot be written.
+    """
 
     def __init__(self, folder: Path) -> None:
         token = secrets.token_hex(8)
-        folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / f".probe-{token}"
-        self._file.write_text(token, encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(token, encoding="utf-8")
+        except OSError as error:
+            raise ClusterError(f"{folder} cannot be written: {error.strerror or error}") from error
         self.question = (str(self._file), token, _LAG)
         """The arguments of the agent's ``sees``."""
 
     def close(self) -> None:
-        self._file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system that fails now is told of where it matters
+            self._file.unlink()
 
 
 @dataclass

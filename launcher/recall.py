@@ -52,7 +52,8 @@ class Origin:
     @property
     def _ranks(self) -> str:
         assert self.point is not None
-        text = f"{self.point.world} ranks"
+        world = self.point.world
+        text = f"{world} rank{'s' if world > 1 else ''}"
         for node, count in sorted((self.copies or {}).items()):
             text += f", {count} of them from node {node}'s copy"
         return text

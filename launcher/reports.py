@@ -35,7 +35,10 @@ class FailureReports:
         text = report.text(evidence=evidence)
         self._view.note(text)
         self._metrics.alert(report.headline(), text, report.level())
-        self._put(report)
+        try:
+            self._put(report)
+        except RunFailed as error:  # what it is about has been said, and decides what comes of the run
+            self._view.note(f"the report could not be kept: {error}")
         self._start = None
         self._open = report if report.decision.action == "restart" else None
 

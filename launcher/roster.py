@@ -182,7 +182,11 @@ class Roster:
         for seat, machine in seats[:missing]:
             if seat in self._asked:
                 self._asked.remove(seat)
-            self._recruits.append(_Recruit(machine, self._enlist(self._cluster.hire(seat))))
+            agent = self._cluster.hire(seat)
+            try:
+                self._recruits.append(_Recruit(machine, self._enlist(agent)))
+            except DltrainError as error:
+                self._turn_away(agent, machine, str(error))
         if not self._embedded:
             while len(self._asked) < missing - len(seats):
                 self._asked.append(self._cluster.ask_for_seat(self._avoided()))
@@ -197,13 +201,16 @@ class Roster:
         if info is not None:
             self._spares.append(self._member(recruit.enlisting.agent, info))
         if why:
-            self._say(f"a node could not join: {why}")
-            self._suspects[recruit.machine] = time.monotonic() + _SUSPECT
-            self._cluster.dismiss(recruit.enlisting.agent)
+            self._turn_away(recruit.enlisting.agent, recruit.machine, why)
         if info is not None or why:
             recruit.enlisting.close()
             self._recruits.remove(recruit)
             self._publish()
+
+    def _turn_away(self, agent: Any, machine: str, why: str) -> None:
+        self._say(f"a node could not join: {why}")
+        self._suspects[machine] = time.monotonic() + _SUSPECT
+        self._cluster.dismiss(agent)
 
     def _drop_dead_spares(self) -> None:
         for member in list(self._spares):

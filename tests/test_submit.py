@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from command import dltrain
-from dltrain.core.errors import JobError
+from dltrain.core.errors import JobError, RunFailed
 from dltrain.core.job import Resources
 from dltrain.launcher.rundir import RunDir
+from dltrain.launcher.submit import follow
 from dltrain.launcher.submit.clusters import TEMPLATES, read_cluster, template
 from dltrain.launcher.submit.handle import Handle
 from dltrain.launcher.submit.handles import find_handle, resolve, write_handle
@@ -157,3 +158,19 @@ def test_words_find_the_newest_of_runs_and_submitted_jobs(tmp_path: Path) -> Non
     assert resolve(tmp_path, "digits") == (made.path, None)
     with pytest.raises(JobError, match="no handle"):
         resolve(tmp_path, "digits/slurm-7.json")
+
+
+def test_who_watches_a_job_bears_that_nobody_answers_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([1, RunFailed("restarted"), 2, RunFailed("away"), RunFailed("away")])
+
+    def question() -> int:
+        answer = next(answers)
+        if isinstance(answer, RunFailed):
+            raise answer
+        return answer
+
+    ask = follow.Patient(question, 0)
+    assert [ask() for _ in range(4)] == [1, 1, 2, 2]
+    monkeypatch.setattr(follow, "PATIENCE", -1.0)
+    with pytest.raises(RunFailed, match="away"):
+        ask()

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...core.errors import JobError, Problem
+from ...core.errors import JobError, Problem, RunFailed
 
 _SHOWN = 5
+_GIT = 120  # seconds that git may take
 _SKIPPED = ("__pycache__", ".git")
 _PACKAGE = Path(__file__).parents[2]
 
@@ -89,7 +90,10 @@ def _listed(folder: Path) -> list[Path]:
 
 def _git(folder: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
     command = ("git", "-c", "core.fsmonitor=false", "-C", str(folder), *arguments)
-    return subprocess.run(command, capture_output=True, timeout=120, check=False)
+    try:
+        return subprocess.run(command, capture_output=True, timeout=_GIT, check=False)
+    except subprocess.TimeoutExpired:
+        raise RunFailed(f"git did not list the files of {folder} within {_GIT} s") from None
 
 
 def _walked(folder: Path) -> Iterator[Path]:

@@ -6,10 +6,41 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Generic, TypeVar
+
+from ...core.errors import RunFailed
+
+T = TypeVar("T")
+
+PATIENCE = 600.0
+"""Seconds for which somebody who watches a job bears that nobody answers: controllers are restarted, links break."""
 
 _CHUNK = 1 << 16
 _POLL = 0.3
 _ASK = 2.0  # seconds between two questions of whether it is over: they go to a server that others share
+
+
+class Patient(Generic[T]):
+    """A question, whose last answer stands for a while when nobody answers.
+
+    Args:
+        last: the answer before the first one.
+    """
+
+    def __init__(self, question: Callable[[], T], last: T) -> None:
+        self._question, self._last = question, last
+        self._answered = time.monotonic()
+
+    def __call__(self) -> T:
+        """Raises RunFailed, as the question does, when there was no answer for ``PATIENCE`` seconds."""
+        try:
+            self._last = self._question()
+        except RunFailed:
+            if time.monotonic() - self._answered > PATIENCE:
+                raise
+        else:
+            self._answered = time.monotonic()
+        return self._last
 
 
 def lines_of(path: Path, *, until: Callable[[], bool] | None = None) -> Iterator[bytes]:
@@ -18,10 +49,14 @@ def lines_of(path: Path, *, until: Callable[[], bool] | None = None) -> Iterator
     Args:
         path: it need not be there yet.
         until: says that no more will come; None reads what is there now.
+
+    Raises:
+        RunFailed: ``until`` has raised it for ``PATIENCE`` seconds.
     """
     offset = 0
     over = until is None
     asked = time.monotonic()
+    ask = None if until is None else Patient(until, False)
     while True:
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             file.seek(offset)
@@ -30,8 +65,8 @@ def lines_of(path: Path, *, until: Callable[[], bool] | None = None) -> Iterator
                 yield chunk
         if over:
             return
-        if until is not None and time.monotonic() - asked > _ASK:
-            over = until()  # what was written before that is read once more
+        if ask is not None and time.monotonic() - asked > _ASK:
+            over = ask()  # what was written before that is read once more
             asked = time.monotonic()
         else:
             time.sleep(_POLL)

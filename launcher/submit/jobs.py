@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from ...core.errors import JobError, Problem, RunFailed, did_you_mean
 from ..rundir import check_parent
 from .adapter import OVER, Adapter, JobState
 from .clusters import KINDS
+from .follow import Patient
 from .handle import Handle
 from .handles import write_handle
 from .steps import Submission
@@ -60,10 +62,11 @@ def wait_for(handle: Handle, *, limit: float | None = None) -> JobState:
     """How the job stands when it is over.
 
     Raises:
-        RunFailed: it is not, after ``limit`` seconds.
+        RunFailed: it is not, after ``limit`` seconds; or nobody has answered for ten minutes, or at the first time.
     """
     deadline = None if limit is None else time.monotonic() + limit
-    while (state := state_of(handle)).standing not in OVER:
+    ask = Patient(partial(state_of, handle), state_of(handle))
+    while (state := ask()).standing not in OVER:
         if deadline is not None and time.monotonic() > deadline:
             raise RunFailed(f"{handle.name}/{handle.key} has not ended within {limit:g} s: {state.words}")
         time.sleep(_POLL)

@@ -119,7 +119,7 @@ class Ssh(Adapter):
 
         Raises:
             JobError: there are not enough hosts or slots.
-            RunFailed: there is no ssh.
+            RunFailed: there is no ssh, or the process ended at once.
         """
         if shutil.which("ssh") is None:
             raise RunFailed("there is no ssh here")
@@ -137,8 +137,11 @@ class Ssh(Adapter):
             )
         driver = Driver.of(process.pid)
         assert process.stdin is not None
-        process.stdin.write(json.dumps(plan.to_json()).encode())
-        process.stdin.close()
+        try:
+            process.stdin.write(json.dumps(plan.to_json()).encode())
+            process.stdin.close()
+        except BrokenPipeError:
+            raise RunFailed(f"the process that was to hold the connections ended at once: see {log}") from None
         return submission.handle(self.kind, number, {"driver": asdict(driver)})
 
     def jobs(self) -> list[tuple[Handle, JobState]]:
