@@ -86,6 +86,17 @@ def _name(row: Row, part: str, figure: str) -> str:
     return f"train/{figure}" if row["alone"] else f"train/{part}/{figure}"
 
 
+def unbroken(rows: Iterable[RunRow], after: int) -> list[RunRow]:
+    """Those of ``rows`` that follow each other from step ``after`` on: none behind a row that is missing."""
+    found: list[RunRow] = []
+    for row in sorted(rows, key=lambda row: row.step):
+        if row.step - row.steps > after:
+            break
+        found.append(row)
+        after = row.step
+    return found
+
+
 @dataclass
 class RowReducer:
     """Collects the rows of ``world`` ranks and gives out each step once all ranks have it, in order of steps."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import Problem
-from ..core.rows import Row, RowReducer, RunRow
+from ..core.rows import Row, RowReducer, RunRow, unbroken
 from ..tracking.samples import keep
 from .failure import Casualty, Report, blamed, casualty_of
 from .generation import Generation
@@ -135,8 +135,10 @@ class Intake:
             generation: the last one; the snapshot may be of an earlier one.
         """
         reducer = self._reducer if point.generation == generation.number else RowReducer(point.world)
-        for rank, rows in ranks.items():
-            self._take_rows(reducer.add(rank, [row for row in rows if row["step"] > self._metrics.last_step]))
+        last = self._metrics.last_step
+        new = {rank: [row for row in rows if row["step"] > last] for rank, rows in ranks.items()}
+        found = [row for rank, rows in new.items() for row in reducer.add(rank, rows)]
+        self._take_rows(unbroken(found, last))  # what a lost node had not passed on is missing before them
 
     def _take_output(self, generation: Generation, node: NodeInfo, event: RankEvent) -> None:
         if event.rank not in generation.said:  # after a rank's last words its traceback is in the report

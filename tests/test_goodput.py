@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from dltrain.core.rows import RunRow
+from dltrain.core.rows import RunRow, unbroken
 from dltrain.launcher.goodput import Goodput
 from dltrain.launcher.stragglers import Stragglers
 
@@ -55,3 +55,13 @@ def test_ranks_that_are_slower_than_the_others_are_named() -> None:
     assert stragglers.words(ranks_per_node=2) == ("rank 3 on node 1: 16% slower than the median",)
     stragglers.take(RunRow(60, 0.0, {}, 1, 1.0, 0.0, own=(0.5, 0.9)))  # fewer ranks: another start
     assert stragglers.found() == {}
+
+
+def test_rows_behind_one_that_is_missing_are_not_taken() -> None:
+    def row(step: int, steps: int = 1) -> RunRow:
+        return RunRow(step, 0.0, {}, steps, 1.0, 0.0)
+
+    assert unbroken([row(6), row(5), row(8)], 4) == [row(5), row(6)]
+    assert unbroken([row(6)], 4) == []
+    assert unbroken([row(20, 10), row(30, 10)], 10) == [row(20, 10), row(30, 10)]
+    assert unbroken([row(50, 3)], 48) == [row(50, 3)]  # ranks that began in between
