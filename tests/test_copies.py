@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from dltrain.checkpoint.image import read_head
 from dltrain.launcher.messages import HeldImage
 from dltrain.launcher.node_memory import NodeMemory
 from launching import Sandbox, wait_for
+from machines import machines, why_not
 from ranks import preload, train_ranks
+from ray_clusters import ray_on
 from runs import RunFolder
 from stage import JOB, WAIT_AT, assert_same_run, gate, put_recipe, run_of, wait_at_gate
 
@@ -46,9 +49,9 @@ def test_a_node_takes_no_copies_from_an_older_generation() -> None:
 # ---- launches
 
 
-def reference(folder: Path, *job: str) -> RunFolder:
+def reference(folder: Path, *job: str, nodes: int = NODES) -> RunFolder:
     put_recipe(Sandbox(folder))
-    run = train_ranks(folder, NODES, *SAME, *job)
+    run = train_ranks(folder, nodes, *SAME, "checkpoint.every=50", *job)
     run.export()
     return run
 
@@ -72,13 +75,13 @@ def copied(agent: int) -> set[tuple[int, int]]:
     return found
 
 
-def wait_for_copies(run: RunFolder, since: int = 0) -> int:
-    """Wait until every rank's image of a step after ``since`` has been copied; the step."""
+def wait_for_copies(holders: Sequence[int], ranks: int = NODES, since: int = 0) -> int:
+    """Wait until every rank's image of a step after ``since`` has been copied to the agents ``holders``; the step."""
 
     def newest() -> int:
-        found = set[tuple[int, int]]().union(*(copied(agent) for agent in agents(run)))
+        found = set[tuple[int, int]]().union(*(copied(agent) for agent in holders))
         steps = {step for _, step in found if step > since}
-        return max((step for step in steps if all((rank, step) in found for rank in range(NODES))), default=0)
+        return max((step for step in steps if all((rank, step) in found for rank in range(ranks))), default=0)
 
     found = wait_for(newest, what="copies of every rank's snapshot")
     assert isinstance(found, int)
@@ -104,8 +107,8 @@ def costs(run: RunFolder) -> list[dict[str, Any]]:
     return [json.loads(path.read_text())["cost"] for path in sorted((run.path / "failures").glob("*.json"))]
 
 
-def launch(spares: int) -> tuple[str, ...]:
-    return "launch", "--nodes", str(NODES), *AGAIN, f"recovery.spares={spares}"
+def launch(spares: int, nodes: int = NODES) -> tuple[str, ...]:
+    return "launch", "--nodes", str(nodes), *AGAIN, f"recovery.spares={spares}", "checkpoint.every=50"
 
 
 @pytest.fixture
@@ -127,14 +130,14 @@ def test_a_lost_node_is_gone_on_from_in_memory(
     box: Sandbox, tmp_path_factory: pytest.TempPathFactory, job: tuple[str, ...]
 ) -> None:
     closed = gate(box)
-    with box.start(*launch(1), *job, "checkpoint.every=50") as process:
+    with box.start(*launch(1), *job) as process:
         wait_at_gate(box, process, NODES)
-        step = wait_for_copies(run_of(box))
+        step = wait_for_copies(agents(run_of(box)))
         lose(box, 1)
         closed.unlink()
         out = finish(process)
     run = run_of(box)
-    assert_same_run(run, reference(tmp_path_factory.mktemp("reference"), *job, "checkpoint.every=50"))
+    assert_same_run(run, reference(tmp_path_factory.mktemp("reference"), *job))
     (cost,) = costs(run)
     assert step <= cost["from_step"] < WAIT_AT
     assert cost["origin"] == "in memory of 3 ranks, 1 of them from node 2's copy"
@@ -147,20 +150,20 @@ def test_nodes_that_are_lost_one_after_the_other_are_gone_on_from_in_memory(
     box: Sandbox, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     closed, later = gate(box), gate(box, LATER)
-    with box.start(*launch(2), "checkpoint.every=50") as process:
+    with box.start(*launch(2)) as process:
         wait_at_gate(box, process, NODES)
-        first = wait_for_copies(run_of(box))
+        first = wait_for_copies(agents(run_of(box)))
         lose(box, 1)
         for stale in box.folder.glob("waiting-*"):
             stale.unlink()
         closed.unlink()
         wait_at_gate(box, process, NODES)
-        second = wait_for_copies(run_of(box), since=first)
+        second = wait_for_copies(agents(run_of(box)), since=first)
         lose(box, 2)
         later.unlink()
         finish(process)
     run = run_of(box)
-    assert_same_run(run, reference(tmp_path_factory.mktemp("reference"), "checkpoint.every=50"))
+    assert_same_run(run, reference(tmp_path_factory.mktemp("reference")))
     steps = [cost["from_step"] for cost in costs(run)]
     assert first <= steps[0] < WAIT_AT
     assert second <= steps[1] < LATER
@@ -177,7 +180,7 @@ def test_a_node_lost_with_the_one_that_has_its_copies_is_gone_on_from_at_the_new
     with box.start(*launch(2), "checkpoint.every=15") as process:
         wait_at_gate(box, process, NODES)
         wait_for(lambda: 15 in run_of(box).checkpoints(), what="a checkpoint")
-        wait_for_copies(run_of(box))
+        wait_for_copies(agents(run_of(box)))
         lose(box, 1, 2)
         closed.unlink()
         out = finish(process)
@@ -186,3 +189,26 @@ def test_a_node_lost_with_the_one_that_has_its_copies_is_gone_on_from_at_the_new
     assert "starting all ranks again, but not from memory: no node that is left has a snapshot of rank 1; report" in out
     (cost,) = costs(run)
     assert (cost["from_step"], cost["origin"]) == (15, "the newest checkpoint")
+
+
+@pytest.mark.campaign
+def test_a_machine_that_is_lost_is_gone_on_from_in_the_memory_of_another(
+    box: Sandbox, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    with machines(3) as three, ray_on(three, tmp_path_factory.mktemp("ray"), "--num-cpus=1") as ray:
+        box.prefix = three[0].prefix
+        closed = gate(box)
+        with box.start(*launch(1, nodes=2), "--address", ray.address, **ray.environ) as process:
+            wait_at_gate(box, process, 2)
+            step = wait_for_copies([pid for each in three for pid in each.named("ray::NodeAgent")], ranks=2)
+            three[1].pull_the_cable()
+            closed.unlink()
+            out = finish(process)
+    run = run_of(box)
+    assert_same_run(run, reference(tmp_path_factory.mktemp("reference"), nodes=2))
+    assert "node 1 was lost: its agent has not answered for 3 s; another (m2) took the place of node 1" in out
+    (cost,) = costs(run)
+    assert step <= cost["from_step"] < WAIT_AT
+    assert cost["origin"] == "in memory of 2 ranks, 1 of them from node 0's copy"
