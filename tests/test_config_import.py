@@ -156,6 +156,7 @@ COMMANDS = {
     "deepspeed --hostfile=hosts --num_nodes 1 --num_gpus 2 --module pkg.train --lr 3 --deepspeed_config ds.json": (
         "dltrain submit --cluster hosts --nproc-per-node 2 --module pkg.train --lr 3 --deepspeed_config ds.json"
     ),
+    "deepspeed --include localhost:1,3 train.py": "dltrain launch --nproc-per-node 2 train.py",
     "deepspeed --num_gpus=4 --master_port 29501 train.py": "dltrain launch --nproc-per-node 4 train.py",
     "accelerate launch --config_file acc.yaml --num_processes 4 --num-machines=1 --max_restarts 2 train.py -x 1": (
         "dltrain launch --nproc-per-node 4 --max-restarts=2 train.py -x 1"
@@ -174,6 +175,7 @@ def test_command_lines_become_launches_of_the_same_script(line: str, empty_folde
     done = dltrain("config", "import", "--", *line.split())
     assert done.code == 0, done.err
     assert command_in(done.out).splitlines()[-1].strip() == COMMANDS[line]
+    assert ("CUDA_VISIBLE_DEVICES=1,3" in done.out) == ("localhost:1,3" in line)
     if line.startswith("deepspeed"):
         assert ("strategy: zero3" in done.out) == ("ds.json" in line)
 

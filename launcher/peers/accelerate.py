@@ -58,7 +58,7 @@ _WITHOUT = reasons(
             *("backend", "fp8_backend", "fp8_format", "fp8_amax_history_len", "fp8_amax_compute_algorithm"),
             *("fp8_amax_compute_algo", "fp8_interval", "fp8_margin", "fp8_opt_level", "fp8_override_linear_precision"),
             *("fp8_use_autocast_during_eval", "fp8_use_te_autocast_during_eval"),
-            *("amax_history_length", "amax_history_len", "amax_compute_algorithm", "amax_compute_algo", "fp8_format"),
+            *("amax_history_length", "amax_history_len", "amax_compute_algorithm", "amax_compute_algo"),
             *("interval", "margin", "opt_level", "override_linear_precision", "use_autocast_during_eval"),
         ),
         "ranks are not started through MPI": ("mpirun_hostfile", "mpirun_ccl"),

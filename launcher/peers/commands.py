@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ _DEEPSPEED_OPTIONS = (
 _DEEPSPEED_SHORT = {"H": "hostfile", "i": "include", "e": "exclude", "q": "quiet"}
 _ACCELERATE_SHORT = {"m": "module", "q": "quiet", "t": "tee"}
 _ALIASES = {"num_accelerators": "num_gpus"}
+_HOSTS = "leave the hosts out of the hostfile"
 _DEEPSPEED_WITHOUT = reasons(
     {
         "dltrain rendezvouses by itself": ("master_port", "master_addr"),
@@ -33,7 +35,7 @@ _DEEPSPEED_WITHOUT = reasons(
         "dltrain submit reaches hosts by ssh, as ~/.ssh/config says": (
             *("launcher", "launcher_args", "ssh_port", "no_ssh_check", "force_multi", "venv_script"),
         ),
-        "leave the hosts out of the hostfile": ("include", "exclude"),
+        _HOSTS: ("exclude",),
         "every rank's output is kept in the run directory": ("enable_each_rank_log", "log_level", "quiet"),
         "dltrain divides the cores among the ranks by itself": ("bind_cores_to_rank", "bind_core_list"),
         "dltrain plan compares strategies": ("autotuning",),
@@ -104,8 +106,21 @@ def take_launcher(options: Mapping[str, Said], into: Imported) -> None:
         if not said.value.isdigit() or int(said.value) < 1:
             raise JobError(Problem(f"expected a whole number of at least 1, found '{said.value}'", str(said)))
         into.put(key, int(said.value), said)
+    include = settings.take("include")
+    if include is not None:
+        _include(include, into)
     take_passed(settings, into)
     settings.settle(into, _DEEPSPEED_WITHOUT, _DEEPSPEED_OPTIONS)
+
+
+def _include(said: Said, into: Imported) -> None:
+    """Take GPUs of this machine, as ``localhost:0,1`` names them."""
+    match = re.fullmatch(r"localhost:(\d+(?:,\d+)*)", said.value)
+    if match is None:
+        into.leave(said, _HOSTS)
+        return
+    into.put("resources.nproc_per_node", match[1].count(",") + 1, said)
+    into.environment["CUDA_VISIBLE_DEVICES"] = match[1]
 
 
 def take_passed(settings: Settings, into: Imported) -> None:
