@@ -62,6 +62,19 @@ class Measured:
     flops: Mapping[int, float] = field(default_factory=dict[int, float])
     failed: Mapping[int, str] = field(default_factory=dict[int, str])
 
+    def or_better(self, again: Measured) -> Measured:
+        """The better figure of each kind of two measurements: what else a machine does only makes them worse."""
+        links = {(link.one, link.other): link for link in self.links}
+        for new in again.links:
+            old = links.get((new.one, new.other), new)
+            latency, bandwidth = min(old.latency, new.latency), max(old.bandwidth, new.bandwidth)
+            links[new.one, new.other] = Link(new.one, new.other, latency, bandwidth)
+        flops = {
+            node: max(self.flops.get(node, 0.0), again.flops.get(node, 0.0)) for node in {**self.flops, **again.flops}
+        }
+        all_reduce = max(self.all_reduce, again.all_reduce)
+        return Measured(tuple(links.values()), all_reduce, flops, {**again.failed, **self.failed})
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -76,10 +89,15 @@ def diagnose(nodes: Sequence[NodeInfo], asked: Mapping[int, Asked], measured: Me
     """Everything that is wrong, sick nodes first."""
     found = [*_versions(nodes), *_states(asked), *_clocks(asked)]
     found += [Finding(True, (node,), f"could not be measured: {why}") for node, why in measured.failed.items()]
+    found += slower(nodes, measured)
+    return sorted(found, key=lambda finding: (not finding.sick, finding.nodes))
+
+
+def slower(nodes: Sequence[NodeInfo], measured: Measured) -> list[Finding]:
+    """The nodes and links that did worse than the others."""
     machines = {node.node: node.ray_node for node in nodes}
     links = [link for link in measured.links if machines[link.one] != machines[link.other]]  # else it is no link
-    found += [*_slow_links(links), *_late_links(links), *_slow_nodes(machines, measured.flops)]
-    return sorted(found, key=lambda finding: (not finding.sick, finding.nodes))
+    return [*_slow_links(links), *_late_links(links), *_slow_nodes(machines, measured.flops)]
 
 
 def _versions(nodes: Sequence[NodeInfo]) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from dltrain.launcher.diagnosis import Asked, Finding, Link, Measured, diagnose
+from dltrain.launcher.diagnosis import Asked, Finding, Link, Measured, diagnose, slower
 from dltrain.launcher.doctor import describe, measured_of
 from dltrain.launcher.messages import NodeInfo
 from dltrain.launcher.vitals import Gpu, Vitals, parse_smi
@@ -52,6 +52,19 @@ def test_the_slow_node_is_named_and_no_other_however_noisy(count: int) -> None:
         findings = diagnose(nodes, well(count), shaped)
         assert sick(findings) == {(victim,)}
         assert describe(findings[0], nodes).startswith(f"node {victim} (m{victim}): its network link has ")
+
+
+def test_what_was_slow_for_a_moment_is_forgotten_when_it_is_measured_again() -> None:
+    nodes = [node(number) for number in range(4)]
+    busy = Measured(links(4, slow={1: 0.1}), 1e8, {0: 1e11, 1: 1e10, 2: 1e11, 3: 1e11}, {3: "no connection"})
+    again = Measured(links(4, slow={2: 0.1}), 2e8, {0: 9e10, 1: 1e11, 2: 2e10, 3: 1e11}, {})
+    assert sick(slower(nodes, busy)) == {(1,)}
+    assert sick(slower(nodes, again)) == {(2,)}
+    best = busy.or_better(again)
+    assert not slower(nodes, replace(best, links=tuple(k for k in best.links if (k.one, k.other) != (1, 2))))
+    assert (best.all_reduce, best.flops[1], best.failed) == (2e8, 1e11, {3: "no connection"})
+    lasting = replace(again, links=links(4, slow={1: 0.1}))
+    assert sick(slower(nodes, busy.or_better(lasting))) == {(1,)}
 
 
 def test_one_slow_link_between_two_good_nodes_is_the_links() -> None:
