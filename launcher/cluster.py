@@ -29,7 +29,8 @@ from .points import buddies
 
 _CONNECT_TIMEOUT = 10.0
 _SLICE = 0.25  # seconds of waiting between looks at whether the user wants to stop
-_RAY_OBJECT_STORE = 80_000_000  # bytes; Ray's smallest: copies of snapshots pass through it in small slices
+OBJECT_STORE = 80_000_000
+"""Bytes of Ray's object store; its smallest: copies of snapshots pass through it in small slices."""
 
 
 class ClusterError(DltrainError):
@@ -341,7 +342,7 @@ def _start(demand: Demand, common: dict[str, Any], folder: Path) -> None:
                 num_cpus=demand.cpus * demand.places,
                 num_gpus=demand.gpus * demand.places,
                 include_dashboard=False,
-                object_store_memory=_RAY_OBJECT_STORE,
+                object_store_memory=OBJECT_STORE,
                 _temp_dir=str(folder),
                 _system_config={"enable_worker_prestart": False},
                 **common,

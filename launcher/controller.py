@@ -145,7 +145,7 @@ class Controller:
         again = "starting all ranks again"
         if decision.counts:
             again += f" ({len(history.culprits)} of {history.max_restarts})"
-        report = f"report: {self._intake.reports.newest}" if decision.action == "restart" else ""
+        report = self._intake.reports.where if decision.action == "restart" else ""
         self._view.note("; ".join(filter(None, [decision.reason, changed, f"{again}{origin}", report])))
 
     # ---- starting

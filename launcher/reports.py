@@ -25,6 +25,11 @@ class FailureReports:
         self.newest: Path | None = None
         self.costs: list[Cost] = []
 
+    @property
+    def where(self) -> str:
+        """Where the newest report lies, in words; empty where it could not be kept."""
+        return f"report: {self.newest}" if self.newest else ""
+
     def write(self, report: Report, *, evidence: bool) -> None:
         """Keep and show a failure.
 
@@ -38,6 +43,7 @@ class FailureReports:
         try:
             self._put(report)
         except RunFailed as error:  # what it is about has been said, and decides what comes of the run
+            self.newest = None
             self._view.note(f"the report could not be kept: {error}")
         self._start = None
         self._open = report if report.decision.action == "restart" else None

@@ -46,6 +46,10 @@ class RunFolder:
         """sha256 of the final weights."""
         return hashlib.sha256((self.path / "weights.safetensors").read_bytes()).hexdigest()
 
+    def costs(self) -> list[dict[str, Any]]:
+        """What each failure has cost, in their order."""
+        return [json.loads(path.read_text())["cost"] for path in sorted((self.path / "failures").glob("*.json"))]
+
     def record(self) -> dict[str, Any]:
         return json.loads((self.path / "run.json").read_text())
 

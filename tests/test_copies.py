@@ -10,7 +10,6 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from dltrain.checkpoint.image import read_head
@@ -121,10 +120,6 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def costs(run: RunFolder) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text())["cost"] for path in sorted((run.path / "failures").glob("*.json"))]
-
-
 def launch(spares: int, nodes: int = NODES) -> tuple[str, ...]:
     return "launch", "--nodes", str(nodes), *AGAIN, f"recovery.spares={spares}", "checkpoint.every=50"
 
@@ -156,7 +151,7 @@ def test_a_lost_node_is_gone_on_from_in_memory(
         out = finish(process)
     run = run_of(box)
     assert_same_run(run, reference(tmp_path_factory.mktemp("reference"), *job))
-    (cost,) = costs(run)
+    (cost,) = run.costs()
     assert step <= cost["from_step"] < LATER
     assert cost["origin"] == "in memory of 3 ranks, 1 of them from node 2's copy"
     where = rf"from step {cost['from_step']}, in the memory of 3 ranks, 1 of them from node 2's copy; report"
@@ -182,10 +177,10 @@ def test_nodes_that_are_lost_one_after_the_other_are_gone_on_from_in_memory(
         finish(process)
     run = run_of(box)
     assert_same_run(run, reference(tmp_path_factory.mktemp("reference")))
-    steps = [cost["from_step"] for cost in costs(run)]
+    steps = [cost["from_step"] for cost in run.costs()]
     assert first <= steps[0] < 30
     assert second <= steps[1] < 50
-    assert [cost["origin"] for cost in costs(run)] == [
+    assert [cost["origin"] for cost in run.costs()] == [
         f"in memory of 3 ranks, 1 of them from node {node}'s copy" for node in (2, 0)
     ]
 
@@ -205,7 +200,7 @@ def test_a_node_lost_with_the_one_that_has_its_copies_is_gone_on_from_at_the_new
     run = run_of(box)
     assert_same_run(run, reference(tmp_path_factory.mktemp("reference"), "checkpoint.every=15"))
     assert "starting all ranks again, but not from memory: no node that is left has a snapshot of rank 1; report" in out
-    (cost,) = costs(run)
+    (cost,) = run.costs()
     assert (cost["from_step"], cost["origin"]) == (15, "the newest checkpoint")
 
 
@@ -227,6 +222,6 @@ def test_a_machine_that_is_lost_is_gone_on_from_in_the_memory_of_another(
     run = run_of(box)
     assert_same_run(run, reference(tmp_path_factory.mktemp("reference"), nodes=2))
     assert "node 1 was lost: its agent has not answered for 3 s; another (m2) took the place of node 1" in out
-    (cost,) = costs(run)
+    (cost,) = run.costs()
     assert step <= cost["from_step"] < WAIT_AT
     assert cost["origin"] == "in memory of 2 ranks, 1 of them from node 0's copy"

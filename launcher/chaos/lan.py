@@ -17,7 +17,7 @@ from typing import Self
 
 from ...core.errors import JobError, Problem
 from ...core.job import Job
-from ..cluster import ClusterError, session_folder
+from ..cluster import OBJECT_STORE, ClusterError, session_folder
 from ..demand import demand_here
 from .machines import Machine, machines, why_not
 
@@ -28,7 +28,6 @@ _PATIENCE = 60.0  # seconds that a node of Ray may take to start where the job a
 _GOODBYE = 10.0  # seconds that it may take to sign off
 _TAIL = 12  # lines of a failed start that are told
 _WARM = "1min"
-_OBJECT_STORE = 80_000_000  # bytes; Ray's smallest: nothing of ours goes through it
 
 
 @dataclass
@@ -148,7 +147,7 @@ class Lan:
         """Start Ray on a machine, and wait until it is up."""
         cpus = 0 if member is self._members[0] else self._demand.cpus
         options = (
-            *("--block", "--disable-usage-stats", f"--object-store-memory={_OBJECT_STORE}", "--num-gpus=0"),
+            *("--block", "--disable-usage-stats", f"--object-store-memory={OBJECT_STORE}", "--num-gpus=0"),
             *(f"--num-cpus={cpus}", f"--node-ip-address={member.machine.address}"),
         )
         ray = (sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *options, *role)

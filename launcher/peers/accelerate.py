@@ -5,7 +5,8 @@ Its launcher hands it to the script through the environment, where ``Accelerator
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ...core.errors import JobError, Problem, did_you_mean
 from .environment import script_environment
@@ -208,13 +209,11 @@ def _fsdp(settings: Settings, into: Imported) -> None:
     recompute = settings.take("fsdp_activation_checkpointing")
     if recompute is not None:
         into.put("train.recompute", is_on(recompute.value), recompute)
-    for name, key in (
-        ("parallelism_config_tp_size", "parallel.tensor"),
-        ("parallelism_config_dp_replicate_size", "parallel.replicas"),
-    ):
-        said = settings.take(name)
-        if said is not None:
-            into.put(key, _count(said), said)
+    mesh = {
+        "parallelism_config_tp_size": "parallel.tensor",
+        "parallelism_config_dp_replicate_size": "parallel.replicas",
+    }
+    _put_each(settings, into, mesh, _count)
     _accumulate(settings, into)
 
 
@@ -250,22 +249,23 @@ def _zero(settings: Settings, into: Imported) -> None:
 
 
 def _megatron(settings: Settings, into: Imported) -> None:
-    for name, key in (
-        ("megatron_lm_tp_degree", "parallel.tensor"),
-        ("megatron_lm_pp_degree", "parallel.pipeline"),
-    ):
-        said = settings.take(name)
-        if said is not None:
-            into.put(key, _count(said), said)
-    for name, key in (
-        ("megatron_lm_sequence_parallelism", "parallel.sequence"),
-        ("megatron_lm_recompute_activations", "train.recompute"),
-    ):
-        said = settings.take(name)
-        if said is not None:
-            into.put(key, is_on(said.value), said)
+    mesh = {"megatron_lm_tp_degree": "parallel.tensor", "megatron_lm_pp_degree": "parallel.pipeline"}
+    _put_each(settings, into, mesh, _count)
+    switches = {
+        "megatron_lm_sequence_parallelism": "parallel.sequence",
+        "megatron_lm_recompute_activations": "train.recompute",
+    }
+    _put_each(settings, into, switches, lambda said: is_on(said.value))
     put_clipping(settings.take("megatron_lm_gradient_clipping"), into)
     _accumulate(settings, into)
+
+
+def _put_each(settings: Settings, into: Imported, keys: Mapping[str, str], value: Callable[[Said], Any]) -> None:
+    """Take settings over as the job's ``keys``, by their names, those that there are."""
+    for name, key in keys.items():
+        said = settings.take(name)
+        if said is not None:
+            into.put(key, value(said), said)
 
 
 def _accumulate(settings: Settings, into: Imported) -> None:
