@@ -3,7 +3,8 @@
     recipe: staged:Staged
 
 waits before optimizer step 20 as long as there is a file ``wait-at-20`` in the working directory; if there is a file
-``until-told`` too, until the launcher has sent the rank a message.
+``until-told`` too, until the launcher has sent the rank a message. A rank that waits is told by the link ``waiting-0``,
+with the rank's number: it leads to the file that the rank waits for, so it exists no longer than that file.
 """
 
 from __future__ import annotations
@@ -81,14 +82,22 @@ class Staged(CnnRecipe):
         return super().metrics(parts, batch)
 
     def _wait_while(self, gate: Path) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         if not gate.exists():
             return
         while gate.exists() or (Path("until-told").exists() and not _told()):
-            self._waiting.touch()
+            _link(self._waiting, gate)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{gate} is still there")
             time.sleep(0.01)
+
+
+def _link(path: Path, target: Path) -> None:
+    """Have ``path`` lead to ``target``, wherever it led before: at once, as others may look."""
+    if not path.is_symlink() or path.readlink() != target:
+        new = path.with_name(f".{path.name}-{os.getpid()}")
+        new.symlink_to(target)
+        new.replace(path)
 
 
 def _told() -> bool:
