@@ -30,7 +30,7 @@ class Scaled(CnnRecipe):
 
 
 def await_checkpoint(step: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not list(Path.cwd().glob(f"runs/*/torchrun/checkpoints/step-{step:08d}/manifest.json")):
         assert time.monotonic() < deadline, f"no checkpoint of step {step}"
         time.sleep(0.005)

@@ -12,24 +12,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
 
 
-def wait_for(condition: Callable[[], object], *, what: str, timeout: float = 60.0) -> object:
+def wait_for(condition: Callable[[], object], *, what: str, timeout: float = 120.0) -> object:
     """Poll until ``condition()`` is true and return its value; fail the test by name after ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
+    deadline, late = time.monotonic() + timeout, False
     while not (value := condition()):
-        if time.monotonic() > deadline:
+        if late:
             raise AssertionError(f"waited {timeout:g} s for {what}")
         time.sleep(0.05)
+        late = time.monotonic() > deadline  # it is looked at once more: the machine may have stood still
     return value
 
 
-def said(process: subprocess.Popen[str], text: str, *, timeout: float = 60.0) -> str:
+def said(process: subprocess.Popen[str], text: str, *, timeout: float = 120.0) -> str:
     """Wait until ``process`` has printed ``text``; all that it has printed, which ``communicate`` then leaves out."""
     assert process.stdout is not None
     out, deadline = b"", time.monotonic() + timeout
@@ -118,7 +119,7 @@ class Sandbox:
 
         return [pid for pid in self.processes() if comm(pid) == name]
 
-    def leftovers(self, timeout: float = 30.0) -> list[str]:
+    def leftovers(self, timeout: float = 60.0) -> list[str]:
         """What is still there: processes, temporary files, shared memory; processes get ``timeout`` seconds to go."""
         deadline = time.monotonic() + timeout
         while self.processes() and time.monotonic() < deadline:
@@ -128,6 +129,15 @@ class Sandbox:
         return [*self.processes().values(), *files]
 
     def close(self) -> None:
-        for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        """End what is left. Processes may end by themselves meanwhile, or start others before they are killed."""
+
+        def ended() -> bool:
+            for pid in (left := self.processes()):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return not left
+
+        try:
+            wait_for(ended, what="the end of killed processes")
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)

@@ -52,7 +52,7 @@ def run_ranks(
     """Run ``program(*arguments)`` as every one of ``world`` ranks; their exit codes.
 
     ``program`` is a module's function, and runs in ``folder`` with torchrun's environment; its output goes to
-    ``rank<r>.log`` there. When one rank fails the others get five seconds.
+    ``rank<r>.log`` there. When one rank fails the others get half a minute to do so too.
     """
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(_PRELOAD)
@@ -75,7 +75,7 @@ def run_ranks(
     deadline = time.monotonic() + timeout
     while running := [process.sentinel for process in ranks if process.exitcode is None]:
         if any(process.exitcode for process in ranks):
-            deadline = min(deadline, time.monotonic() + 5)
+            deadline = min(deadline, time.monotonic() + 30)
         if not wait(running, max(0.0, deadline - time.monotonic())):
             for process in ranks:
                 process.kill()
