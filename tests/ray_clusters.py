@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from dltrain.launcher.chaos.machines import Machine
@@ -91,18 +92,19 @@ def _node(
             process.wait()
 
 
+# Above those that Ray gives its workers and below those that the kernel gives; each process begins to look elsewhere.
+_PORTS = iter(range(20000 + 97 * os.getpid() % 10000, 32000))
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports above those that Ray gives its workers; each process of the tests begins to look elsewhere."""
-    begin = 20000 + 97 * os.getpid() % 10000
-    with ExitStack() as stack:
-        ports: list[int] = []
-        for port in range(begin, 32000):
-            sock = stack.enter_context(socket.socket())
-            try:
-                sock.bind(("", port))
-            except OSError:
-                continue
-            ports.append(port)
-            if len(ports) == count:
-                break
-        return ports
+    """Ports that nobody has. None is given twice: who asked for one may not have taken it yet."""
+    return list(islice(filter(_is_free, _PORTS), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as sock:
+        try:
+            sock.bind(("", port))
+        except OSError:
+            return False
+    return True
