@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # support modules beside the tests
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from s3_server import S3Server
 
 # The same examples in every run of CI; elsewhere new ones, which find more. No example is timed: machines are busy.
-settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile(
+    "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
 settings.load_profile("default")
 
 # A shell has what it starts in the background ignore the first two, nohup the third, and every process inherits that.
