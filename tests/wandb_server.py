@@ -13,9 +13,11 @@ import base64
 import gzip
 import json
 import re
+import socket
 import sys
 import threading
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
@@ -59,14 +61,17 @@ class StandIn:
         self.overwritten: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.lock = threading.RLock()
         self.closing = threading.Event()
-        self._port = 0
+        # Bound all the time, and never listened at: so nobody else gets the port while the server is down.
+        self._place = socket.socket()
+        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._place.bind(("127.0.0.1", 0))
+        self._port = self._place.getsockname()[1]
         self.start()
 
     def start(self) -> None:
         self.closing.clear()
         handler = type("BoundHandler", (_Handler,), {"server_state": self})
         self._http = _Http(("127.0.0.1", self._port), handler)
-        self._port = self._http.server_port
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
         self._thread.start()
 
@@ -81,6 +86,7 @@ class StandIn:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        self._place.close()
 
     @property
     def url(self) -> str:
@@ -226,4 +232,5 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _drop(self) -> None:
         self.close_connection = True
-        self.connection.shutdown(2)
+        with suppress(OSError):  # the client has closed it before
+            self.connection.shutdown(socket.SHUT_RDWR)
