@@ -84,7 +84,7 @@ def _node(
         return "Ray runtime started" in log.read_text()
 
     try:
-        wait_for(up, what=f"ray start: {name}")
+        wait_for(up, what=f"ray start: {name}", timeout=120)
         yield
     finally:
         if process.poll() is None:

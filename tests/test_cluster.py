@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from dltrain.core.processes import name_of
 from dltrain.launcher.chaos.machines import Machine, machines, why_not
 from launching import Sandbox, wait_for
 from ray_clusters import RayCluster, ray_head, ray_on
@@ -23,19 +26,19 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
 
 
 def servers(box: Sandbox) -> set[int]:
-    """Fork servers that the sandbox's launches started, on the cluster's node too: they carry the launch's mark."""
-    return {
-        pid
-        for pid, line in box.processes().items()
-        if "launcher.forkserver" in line and pid not in [p for n in range(4) for p in box.named(f"dltrain-rank{n}")]
-    }
+    """Fork servers that the sandbox's launches started, on the cluster's node too: they carry the launch's mark.
+
+    Their forks, ranks and these ranks' persisters, have names of their own, and may be about to end.
+    """
+    found = [pid for pid, line in box.processes().items() if "launcher.forkserver" in line]
+    return {pid for pid in found if not name_of(pid).startswith("dltrain-")}
 
 
 def test_a_second_launch_finds_the_fork_server_warm_and_computes_the_same(sandbox: Sandbox, head: RayCluster) -> None:
     command = ("launch", "--address", head.address, "--nproc-per-node", "2", *JOB)
     embedded = sandbox.run("launch", "--nproc-per-node", "2", *JOB)
     assert embedded.returncode == 0, embedded.stderr
-    first = sandbox.run(*command, "--keep-warm", "10s", **head.environ)
+    first = sandbox.run(*command, "--keep-warm", "10min", **head.environ)  # longer than the second may take
     assert first.returncode == 0, first.stderr
     warm = servers(sandbox)
     assert len(warm) == 1
@@ -45,8 +48,9 @@ def test_a_second_launch_finds_the_fork_server_warm_and_computes_the_same(sandbo
     runs = [RunFolder(sandbox.folder / f"runs/digits/000{n}") for n in (1, 2, 3)]
     assert len({run.weights() for run in runs}) == 1
     assert runs[0].numbers() == runs[1].numbers() == runs[2].numbers()
-    assert not head.agents()
-    wait_for(lambda: not servers(sandbox), what="the end of the warm time", timeout=30)
+    wait_for(lambda: not head.agents(), what="the end of the agents")
+    os.kill(warm.pop(), signal.SIGTERM)
+    wait_for(lambda: not servers(sandbox), what="the end of the server, which nobody has a lease on")
 
 
 def test_placement_says_what_does_not_fit_and_what_would(sandbox: Sandbox, head: RayCluster) -> None:
@@ -67,12 +71,12 @@ def test_placement_says_what_does_not_fit_and_what_would(sandbox: Sandbox, head:
         assert not (sandbox.folder / "runs").exists()
     done = sandbox.run(*on, "--nodes", "4", "--placement", "pack", **head.environ)  # all of it: nothing is still held
     assert done.returncode == 0, done.stderr
-    assert not head.agents()
+    wait_for(lambda: not head.agents(), what="the end of the agents")
 
 
 def test_a_busy_cluster_is_waited_for_and_then_named(sandbox: Sandbox, head: RayCluster) -> None:
     gate = sandbox.folder / "hold.py"
-    gate.write_text("import pathlib, time\npathlib.Path('holding').touch()\ntime.sleep(100)\n", encoding="utf-8")
+    gate.write_text("import pathlib, signal\npathlib.Path('holding').touch()\nsignal.pause()\n", encoding="utf-8")
     with sandbox.start("launch", "--address", head.address, "--nproc-per-node", "4", "hold.py", **head.environ):
         wait_for((sandbox.folder / "holding").exists, what="the cluster to be busy")
         late = sandbox.run("launch", "--address", head.address, *JOB, "recovery.start_timeout=2s", **head.environ)

@@ -152,7 +152,7 @@ def test_a_lost_node_is_gone_on_from_in_memory(
     run = run_of(box)
     assert_same_run(run, reference(tmp_path_factory.mktemp("reference"), *job))
     (cost,) = run.costs()
-    assert step <= cost["from_step"] < LATER
+    assert step <= cost["from_step"] <= LATER
     assert cost["origin"] == "in memory of 3 ranks, 1 of them from node 2's copy"
     where = rf"from step {cost['from_step']}, in the memory of 3 ranks, 1 of them from node 2's copy; report"
     assert re.search(rf"took the place of node 1; starting all ranks again {where}", out), out
@@ -178,8 +178,8 @@ def test_nodes_that_are_lost_one_after_the_other_are_gone_on_from_in_memory(
     run = run_of(box)
     assert_same_run(run, reference(tmp_path_factory.mktemp("reference")))
     steps = [cost["from_step"] for cost in run.costs()]
-    assert first <= steps[0] < 30
-    assert second <= steps[1] < 50
+    assert first <= steps[0] <= 30
+    assert second <= steps[1] <= 50
     assert [cost["origin"] for cost in run.costs()] == [
         f"in memory of 3 ranks, 1 of them from node {node}'s copy" for node in (2, 0)
     ]
@@ -223,5 +223,5 @@ def test_a_machine_that_is_lost_is_gone_on_from_in_the_memory_of_another(
     assert_same_run(run, reference(tmp_path_factory.mktemp("reference"), nodes=2))
     assert "node 1 was lost: its agent has not answered for 3 s; another (m2) took the place of node 1" in out
     (cost,) = run.costs()
-    assert step <= cost["from_step"] < WAIT_AT
+    assert step <= cost["from_step"] <= WAIT_AT
     assert cost["origin"] == "in memory of 2 ranks, 1 of them from node 0's copy"

@@ -167,7 +167,7 @@ def test_a_piece_that_is_damaged_for_one_rank_alone_has_all_go_back_to_the_check
     with (Path(str(storage)) / "step-00000004" / piece.file).open("r+b") as file:
         file.seek(piece.begin)
         file.write(bytes(8))
-    train_ranks(tmp_path, 2, *job, "train.steps=5", timeout=60)
+    train_ranks(tmp_path, 2, *job, "train.steps=5")
     log = (tmp_path / "rank0.log").read_text()
     assert re.search(r"note: text=checkpoint of step 4 is not usable: rank 1: .* do not match", log), log
     assert re.search(r"step 3 ", log), log

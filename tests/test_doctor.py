@@ -68,8 +68,10 @@ def test_the_tracker_is_asked_with_the_key_which_is_never_shown() -> None:
 def greet(listener: socket.socket) -> None:
     """Answer as a server of another protocol."""
     with listener.accept()[0] as near:
-        near.recv(65536)  # closed with the request unread, it would be reset, and the answer lost
         near.sendall(b"SSH-2.0-OpenSSH\r\n")
+        near.shutdown(socket.SHUT_WR)
+        while near.recv(65536):  # closed with any of the request unread, it would be reset, and the answer lost
+            pass
 
 
 @pytest.fixture
