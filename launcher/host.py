@@ -87,6 +87,7 @@ class ForkServer:
         log = os.memfd_create("dltrain-forkserver-log")
         starter: subprocess.Popen[bytes] | None = None
         while True:
+            started = starter is not None and starter.poll() is not None  # so a server listens, or has ended since
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
                 sock.connect("\0" + name)
@@ -99,7 +100,11 @@ class ForkServer:
                 if starter is not None:
                     starter.wait(max(1.0, deadline - time.monotonic()))  # it leaves the server behind and ends
                 return cls(sock, log)
-            if starter is None:
+            died = starter is not None and started and (starter.returncode != 0 or _said(log))
+            if died or time.monotonic() > deadline:
+                what = "died as it started" if died else f"did not start within {timeout:g} s"
+                raise HostError(f"the fork server {what}:\n{_tail(log)}")
+            if starter is None or started:  # the first, or where that has found one which ended before it was asked
                 command = [sys.executable, "-P", "-m", "dltrain.launcher.forkserver", name, str(_FIRST_CLIENT_TIMEOUT)]
                 starter = subprocess.Popen(
                     command,
@@ -110,8 +115,6 @@ class ForkServer:
                     env=server_environment(environ),
                     start_new_session=True,  # a Ctrl-C at the terminal is the launcher's to act on
                 )
-            elif starter.poll() not in (None, 0) or time.monotonic() > deadline:
-                raise HostError(f"the fork server did not start within {timeout:g} s:\n{_tail(log)}")
             time.sleep(0.01)
 
     def fileno(self) -> int:
@@ -167,8 +170,9 @@ class ForkServer:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for an answer
         self._sock.close()
-        with contextlib.suppress(OSError):
-            os.close(self._log)
+        log, self._log = self._log, -1
+        if log >= 0:  # closed again, its number would be another file's
+            os.close(log)
 
     def _receive(self) -> bytes:
         try:
@@ -203,6 +207,10 @@ def _event(message: dict[str, Any]) -> ChildEvent:
             return ChildEvent(message["id"], exit=exit_, what=message.get("what", ""))
         case _:
             raise HostError(f"the fork server sent {message}")
+
+
+def _said(log: int) -> bool:
+    return os.fstat(log).st_size > 0
 
 
 def _tail(log: int, size: int = 4000) -> str:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from textwrap import dedent
@@ -230,6 +231,31 @@ def test_a_server_that_dies_is_an_error_with_its_last_words(sandbox: Sandbox) ->
     (broken / "torch.py").write_text("raise RuntimeError('no torch today')", encoding="utf-8")
     with pytest.raises(HostError, match="RuntimeError: no torch today"):
         Lease(sandbox, PYTHONPATH=str(broken))
+
+
+def test_a_server_that_ends_just_as_one_is_asked_for_is_replaced(sandbox: Sandbox) -> None:
+    name = f"dltrain-test-{secrets.token_hex(8)}"
+
+    def starters() -> list[int]:
+        return [pid for pid, line in sandbox.processes().items() if name in line]
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as ending, ThreadPoolExecutor(1) as pool:
+        ending.bind("\0" + name)  # and answers nobody any more
+        asked = pool.submit(Lease, sandbox, name=name)
+        first = wait_for(starters, what="the start of a server")
+        wait_for(lambda: set(starters()).isdisjoint(first), what="its end: the name is taken")  # pyright: ignore[reportArgumentType]
+        ending.close()
+        lease = asked.result(TIMEOUT)
+    assert lease.finish("print('served')") == "served\n"
+    lease.close()
+
+
+def test_a_lease_is_given_up_once(lease: Lease) -> None:
+    lease.close()
+    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]  # they have the numbers that were the lease's
+    lease.close()
+    for fd in others:
+        os.close(fd)
 
 
 def test_a_server_is_shared_only_where_a_fresh_process_would_be_the_same() -> None:
