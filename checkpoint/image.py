@@ -165,13 +165,14 @@ class Images:
         """Length of a file of the manifest."""
         return len(self._of(name).data)
 
-    def read_into(self, name: str, begin: int, buffers: Sequence[memoryview]) -> None:
-        """The bytes of a file of the manifest from ``begin`` on, into one buffer after the other."""
+    def fill(self, name: str, begin: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+        """The bytes of a file of the manifest from ``begin`` on, into one buffer after the other; gives each."""
         data = self._of(name).data
         for buffer in buffers:
             end = begin + len(buffer)
             buffer[:] = data[begin:end]
             begin = end
+            yield buffer
 
     def check_holds(self, wanted: Mapping[str, Sequence[Slice]]) -> None:
         """See that the images hold the ``wanted`` slices, by name.

@@ -35,8 +35,8 @@ class Files(Protocol):
         """Length of the file in bytes. Raises FileNotFoundError."""
         ...
 
-    def read_into(self, name: str, begin: int, buffers: Sequence[memoryview]) -> None:
-        """The bytes of the file from ``begin`` on, into one buffer of bytes after the other, until all are full."""
+    def fill(self, name: str, begin: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+        """The bytes of the file from ``begin`` on, into one buffer of bytes after the other; gives each when full."""
         ...
 
 
@@ -144,9 +144,9 @@ def _carry_out(storage: Files, manifest: Manifest, loads: list[_Load], targets: 
             np.empty(item.piece.end - item.piece.begin, np.uint8) if found is None else found[1]
             for item, found in zip(run, straight, strict=True)
         ]
-        storage.read_into(f"{folder_name(manifest.step)}/{file}", begin, [buffer.data for buffer in buffers])
-        for (fqn, piece, _), of_it, found, buffer in zip(run, places, straight, buffers, strict=True):
-            if piece.hash and not matches(buffer.data, piece.hash):  # what lies in memory has none
+        full = storage.fill(f"{folder_name(manifest.step)}/{file}", begin, [buffer.data for buffer in buffers])
+        for (fqn, piece, _), of_it, found, buffer, read in zip(run, places, straight, buffers, full, strict=True):
+            if piece.hash and not matches(read, piece.hash):  # what lies in memory has none
                 why = f"bytes [{piece.begin}, {piece.end}) do not match their {algorithm(piece.hash)}"
                 raise CorruptCheckpoint(manifest.step, file, fqn, why)
             for target in of_it:

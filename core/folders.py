@@ -9,9 +9,7 @@ import os
 import secrets
 import shutil
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,7 +19,6 @@ Chunk = bytes | bytearray | memoryview
 # pages that large, and a page that is written to while the disk has it costs all of it again: with calls of 4 MB and a
 # word to the disk every 8 MB, writing took three times the processor time.
 _WRITE, _BEGIN = 1 << 20, 32 << 20
-_BUFFERS = 1024  # that one call takes (IOV_MAX)
 _SYNC_FILE_RANGE_WRITE = 2
 
 PARTIAL = ".partial"
@@ -57,7 +54,7 @@ class Folder(ABC):
     def read(self, name: str) -> bytes: ...
 
     @abstractmethod
-    def read_into(self, name: str, begin: int, buffers: Sequence[memoryview]) -> None: ...
+    def fill(self, name: str, begin: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]: ...
 
     @abstractmethod
     def size(self, name: str) -> int: ...
@@ -117,19 +114,17 @@ class LocalFolder(Folder):
     def read(self, name: str) -> bytes:
         return (self._root / name).read_bytes()
 
-    def read_into(self, name: str, begin: int, buffers: Sequence[memoryview]) -> None:
+    def fill(self, name: str, begin: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
         path = self._root / name
-        left = deque(buffer for buffer in buffers if buffer)
         with path.open("rb", buffering=0) as file:
-            while left:
-                count = os.preadv(file.fileno(), list(islice(left, _BUFFERS)), begin)
-                if not count:
-                    raise ends_early(begin + sum(map(len, left)), str(path))
-                begin += count
-                while left and count >= len(left[0]):
-                    count -= len(left.popleft())
-                if count:
-                    left[0] = left[0][count:]
+            for buffer in buffers:
+                left = buffer
+                while left:
+                    count = os.preadv(file.fileno(), [left], begin)
+                    if not count:
+                        raise ends_early(begin + len(left), str(path))
+                    begin, left = begin + count, left[count:]
+                yield buffer
 
     def size(self, name: str) -> int:
         path = self._root / name

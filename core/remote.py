@@ -120,7 +120,7 @@ class RemoteFolder(Folder):
     def read(self, name: str) -> bytes:
         return self._call("read", name, lambda: self._fs.cat_file(self._path(name)))
 
-    def read_into(self, name: str, begin: int, buffers: Sequence[memoryview]) -> None:
+    def fill(self, name: str, begin: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
         path, left, end = self._path(name), deque(buffers), begin + sum(map(len, buffers))
         for start in range(begin, end, _BLOCK):
             stop = min(start + _BLOCK, end)
@@ -128,6 +128,7 @@ class RemoteFolder(Folder):
             if len(block) != stop - start:
                 raise ends_early(end, f"{self.shown}/{name}")
             _deal(memoryview(block), left)
+        yield from buffers
 
     def size(self, name: str) -> int:
         self._fs.invalidate_cache()

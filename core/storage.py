@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import JobError, Problem
@@ -82,7 +83,15 @@ class Storage:
         Raises:
             OSError: the storage failed, or the file ends before that; what the buffers hold then is not said.
         """
-        self._folder.read_into(_checked(name), begin, buffers)
+        deque(self.fill(name, begin, buffers), maxlen=0)
+
+    def fill(self, name: str, begin: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+        """As :meth:`read_into`; gives each buffer when it is full, so that it can be looked at while it is in a cache.
+
+        Raises:
+            OSError: as :meth:`read_into`, while it is gone on with.
+        """
+        return self._folder.fill(_checked(name), begin, buffers)
 
     def size(self, name: str) -> int:
         """Length of the file in bytes. Raises FileNotFoundError."""

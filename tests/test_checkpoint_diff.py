@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +118,9 @@ def test_blocks_are_the_flat_tensor_and_read_each_piece_once(local: Storage) -> 
     class Counting(Storage):
         count = 0
 
-        def read_into(self, name: str, begin: int, buffers: Sequence[memoryview]) -> None:
+        def fill(self, name: str, begin: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
             self.count += sum(map(len, buffers))
-            super().read_into(name, begin, buffers)
+            return super().fill(name, begin, buffers)
 
     for cut in (lambda s: rows(s, 4), grid, lambda s: whole(s, 1)):
         manifest = save(local, 1, cut(state))

@@ -136,10 +136,14 @@ def test_large_files_go_in_several_requests(bucket: str) -> None:
 def test_a_range_goes_into_any_number_of_buffers(storage: Storage) -> None:
     data = os.urandom(10_000)
     storage.write("file", [data])
-    sizes = [0, 1, 5, 0, 2000, *[2] * 3000, 1500, 0]  # more buffers than one system call takes
+    sizes = [0, 1, 5, 0, 2000, *[2] * 3000, 1500, 0]
     buffers = [memoryview(bytearray(size)) for size in sizes]
     storage.read_into("file", 7, buffers)
     assert b"".join(buffers) == data[7 : 7 + sum(sizes)]
+    begin = 7
+    for given, size in zip(storage.fill("file", 7, buffers), sizes, strict=True):  # each is full when it is given
+        assert given == data[begin : begin + size]
+        begin += size
     with pytest.raises(OSError, match="ends before byte 10001"):
         storage.read_into("file", 9_000, [memoryview(bytearray(500)), memoryview(bytearray(501))])
 
