@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import JobError, RunFailed
+from ..core.errors import JobError, Problem, RunFailed
 from ..core.streams import lead_nowhere
 from ..launcher.logs import Logs, Pick
 from ..launcher.runs import RunStatus, all_runs, launched, look, stop_run
@@ -212,14 +212,20 @@ def show_logs(run: str | None, where: Where, *, pick: Pick, follow: bool) -> int
     """Print what a run's ranks printed; 130 when Ctrl-C ended it.
 
     Raises:
-        JobError: there is no such run.
+        JobError: there is no such run, or nothing of the ranks that were picked.
     """
     path, handle = where.find(run)
-    if handle is not None and (path is None or names_job(handle, run)):
+    if handle is not None and (path is None or (names_job(handle, run) and pick == Pick())):
+        if pick != Pick():
+            what = f"{handle.name}/{handle.key} has no run that is seen from here, of whose ranks to choose"
+            raise JobError(Problem(what, hint="without --rank, --node and --generation: what the job printed"))
         lines = output_of(handle, follow=follow)
     else:
         assert path is not None
         logs = Logs(path, pick)
+        if follow:
+            for problem in logs.missing():
+                sys.stderr.write(f"dltrain: so far, {problem.what}: waiting, as long as the run goes on\n")
         lines = logs.follow() if follow else logs.read()
     out = sys.stdout.buffer
     try:

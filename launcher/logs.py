@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..core.errors import JobError, Problem
 from .rundir import Record
 from .runs import standing
 
 _CHUNK = 1 << 20
 _POLL = 0.2
 _QUIET = 3  # looks without news after the end: ranks of a killed driver are killed a moment later
+
+
+@dataclass(frozen=True)
+class Source:
+    """A rank of one generation; the node is -1 where it is not known."""
+
+    generation: int
+    rank: int
+    node: int
 
 
 @dataclass(frozen=True)
@@ -24,14 +34,31 @@ class Pick:
     nodes: Collection[int] | None = None
     generations: Collection[int] | None = None
 
-    def takes(self, generation: int, rank: int, ranks_per_node: int) -> bool:
-        """Whether it takes this rank's output; ``ranks_per_node`` is 0 where that is not known."""
-        node = rank // ranks_per_node if ranks_per_node else -1
+    def takes(self, source: Source) -> bool:
+        """Whether it takes this rank's output."""
         return (
-            (self.generations is None or generation in self.generations)
-            and (self.ranks is None or rank in self.ranks)
-            and (self.nodes is None or node in self.nodes)
+            (self.generations is None or source.generation in self.generations)
+            and (self.ranks is None or source.rank in self.ranks)
+            and (self.nodes is None or source.node in self.nodes)
         )
+
+    def missing(self, there: Collection[Source]) -> list[Problem]:
+        """What it asks for and none of those that are there is."""
+        if not there:
+            return []
+        problems: list[Problem] = []
+        for name, wanted, known in (
+            ("rank", self.ranks, {source.rank for source in there}),
+            ("node", self.nodes, {source.node for source in there if source.node >= 0}),
+            ("generation", self.generations, {source.generation for source in there}),
+        ):
+            absent = sorted({*(wanted or ())} - known)
+            if absent:
+                what = f"the run has no logs of {name} {_spans(absent)}"
+                problems.append(Problem(what, f"--{name}", f"there are those of {name} {_spans(sorted(known)) or '?'}"))
+        if not problems and not any(map(self.takes, there)):
+            problems.append(Problem("the run has logs of each that was asked for, and none of all at once"))
+        return problems
 
 
 @dataclass
@@ -68,13 +95,31 @@ class Logs:
     pick: Pick = field(default_factory=Pick)
     _files: dict[tuple[int, int, str], _File] = field(default_factory=dict[tuple[int, int, str], _File])
 
+    def missing(self) -> list[Problem]:
+        """What was asked for of which nothing is there; a run that has no logs yet may come to have them all."""
+        return self.pick.missing([source for source, _ in self._sources()])
+
+    def check(self) -> None:
+        """Refuse to look for what is not there; raises JobError with what is."""
+        if problems := self.missing():
+            raise JobError(*problems)
+
     def read(self) -> Iterator[bytes]:
-        """The lines that are there, also one that has not ended yet."""
+        """The lines that are there, also one that has not ended yet.
+
+        Raises:
+            JobError: there is nothing of what is asked for.
+        """
+        self.check()
         yield from self._whole()
         yield from self._unfinished()
 
     def follow(self) -> Iterator[bytes]:
-        """The lines that are there and all that come, until the run has ended."""
+        """The lines that are there and all that come, until the run has ended.
+
+        Raises:
+            JobError: it has ended, and there is nothing of what is asked for.
+        """
         quiet = 0
         while quiet < _QUIET:
             over = self._over()  # asked first: what was printed before the end is read after it
@@ -84,6 +129,7 @@ class Logs:
             quiet = quiet + 1 if over and idle else 0
             if idle:
                 time.sleep(_POLL)
+        self.check()
         yield from self._unfinished()
 
     def _over(self) -> bool:
@@ -110,6 +156,13 @@ class Logs:
 
     def _find(self) -> None:
         """Take in the log files that are there by now."""
+        for source, path in self._sources():
+            key = (source.generation, source.rank, path.stem)
+            if key not in self._files and self.pick.takes(source):
+                self._files[key] = _File(path, f"[generation {source.generation}, rank {source.rank}] ".encode())
+
+    def _sources(self) -> Iterator[tuple[Source, Path]]:
+        """Every log file that is there, and whose it is."""
         record = Record.read(self.run)
         if record is None:
             return
@@ -117,6 +170,15 @@ class Logs:
         for path in folder.glob("attempt-*/rank-*/std*.log"):
             generation, rank = (int(part.rpartition("-")[2]) for part in path.parts[-3:-1])
             count = next((n for first, n in reversed(record.ranks_per_node) if first <= generation), 0)
-            key = (generation, rank, path.stem)
-            if key not in self._files and self.pick.takes(generation, rank, count):
-                self._files[key] = _File(path, f"[generation {generation}, rank {rank}] ".encode())
+            yield Source(generation, rank, rank // count if count else -1), path
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers in words: ``0 to 3, 7``."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in spans)

@@ -22,7 +22,8 @@ class Done:
 
 def dltrain(*args: str) -> Done:
     """Run ``dltrain ARGS``."""
-    out, err = io.StringIO(), io.StringIO()
+    kept = io.BytesIO()
+    out, err = io.TextIOWrapper(kept, encoding="utf-8", write_through=True), io.StringIO()
     code = 0
     with (
         patch.object(sys, "argv", ["dltrain", *args]),
@@ -33,4 +34,4 @@ def dltrain(*args: str) -> Done:
             main()
         except SystemExit as end:
             code = int(end.code or 0)
-    return Done(code, out.getvalue(), err.getvalue())
+    return Done(code, kept.getvalue().decode(), err.getvalue())

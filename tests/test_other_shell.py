@@ -203,6 +203,30 @@ def test_logs_are_of_every_generation_and_of_whom_was_asked_for(tmp_path: Path) 
     assert [line[-3:-1] for line in Logs(run, Pick(generations=[0], ranks=[1])).read()] == [b"01"]
 
 
+def test_ranks_that_the_run_has_not_had_are_refused_with_those_that_it_has(tmp_path: Path) -> None:
+    run = finished(tmp_path, "mine", ranks_per_node=((0, 2),))
+    nobody = ("logs", "mine", f"--run-dir={tmp_path}", "--rank=7")
+    assert (dltrain(*nobody).code, dltrain(*nobody).out) == (0, "")  # it ended before it had any
+    for generation, rank in ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)):
+        put(run, generation, rank, b"a\n")
+    for options, says in (
+        ("--rank=7", "--rank: the run has no logs of rank 7 there are those of rank 0 to 3"),
+        ("--rank=7 -f", "so far, the run has no logs of rank 7"),
+        ("--rank=7 -f", "there are those of rank 0 to 3"),
+        ("--rank=1 --node=9 --node=8", "--node: the run has no logs of node 8 to 9 there are those of node 0 to 1"),
+        (
+            "--rank=0 --generation=2",
+            "--generation: the run has no logs of generation 2 there are those of generation 0 to 1",
+        ),
+        ("--rank=3 --generation=1", "the run has logs of each that was asked for, and none of all at once"),
+    ):
+        refused = dltrain("logs", "mine", f"--run-dir={tmp_path}", *options.split())
+        assert (refused.code, refused.out) == (2, ""), refused.err
+        assert says in " ".join(refused.err.split())
+    shown = dltrain("logs", "mine", f"--run-dir={tmp_path}", "--rank=3")
+    assert (shown.code, shown.out) == (0, "[generation 0, rank 3] a\n")
+
+
 def test_following_takes_in_what_comes_until_the_end(tmp_path: Path) -> None:
     run = RunDir.create(tmp_path, "mine", {})
     put(run.path, 0, 0, b"a\nb")
