@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import queue
 import random
+import threading
+import time
 from dataclasses import replace
 
 import pytest
+import torch
 from dltrain.launcher.diagnosis import Asked, Finding, Link, Measured, diagnose, slower
 from dltrain.launcher.doctor import describe, measured_of
 from dltrain.launcher.messages import NodeInfo
 from dltrain.launcher.vitals import Gpu, Vitals, parse_smi
+from dltrain.training import links as measuring
 from dltrain.training.links import rounds, sound_of
 
 WELL = Vitals(at=0.0, memory=64 << 30, disks={"/tmp": 99 << 30}, shm=1 << 30, files=65536, gpus=())
@@ -62,7 +67,8 @@ def test_what_was_slow_for_a_moment_is_forgotten_when_it_is_measured_again() -> 
     assert sick(slower(nodes, again)) == {(2,)}
     best = busy.or_better(again)
     assert not slower(nodes, replace(best, links=tuple(k for k in best.links if (k.one, k.other) != (1, 2))))
-    assert (best.all_reduce, best.flops[1], best.failed) == (2e8, 1e11, {3: "no connection"})
+    assert (best.all_reduce, best.flops[1], best.failed) == (2e8, 1e11, {})  # measured once, it can be
+    assert busy.or_better(busy).failed == {3: "no connection"}
     lasting = replace(again, links=links(4, slow={1: 0.1}))
     assert sick(slower(nodes, busy.or_better(lasting))) == {(1,)}
 
@@ -85,6 +91,42 @@ def test_latency_compute_and_what_has_no_like() -> None:
     assert not diagnose(logical, well(4), replace(slow, links=late))  # one machine: its cores, and no network
     two = Measured(links=links(2, slow={1: 0.1}), flops={0: 1e11, 1: 1e11})
     assert not diagnose(nodes[:2], well(2), two)  # nobody can say which of two it is
+
+
+class Lopsided:
+    """Stands for torch.distributed between two threads: what node 1 sends in large messages takes long."""
+
+    def __init__(self) -> None:
+        self.me = threading.local()
+        self.to: tuple[queue.Queue[torch.Tensor], ...] = (queue.Queue(), queue.Queue())
+        self.sizes: list[int] = []
+
+    def send(self, message: torch.Tensor, other: int) -> None:
+        if self.me.rank == 1 and message.numel() >= 1 << 20:
+            time.sleep(0.03)
+        self.sizes.append(message.numel())
+        self.to[other].put(message.clone())
+
+    def recv(self, message: torch.Tensor, other: int) -> None:
+        message.copy_(self.to[1 - other].get(timeout=60))
+
+
+def test_messages_are_no_larger_than_the_slower_of_the_two_directions_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = Lopsided()
+    monkeypatch.setattr(measuring, "dist", line)
+    found: dict[int, tuple[float, float]] = {}
+
+    def node(rank: int) -> None:
+        line.me.rank = rank
+        found[rank] = measuring._pair(1 - rank, first=rank == 0)
+
+    both = [threading.Thread(target=node, args=(rank,)) for rank in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(60)
+    assert max(line.sizes) == 1 << 20  # of what the first one sends, more would have passed in no time
+    assert found[1][1] < (1 << 20) / 0.03 < found[0][1]
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,12 @@ from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[re
 _PINGS = 40
 _FIRST = 1 << 20  # bytes
 _LARGEST = 16 << 20
-_TRIES = 5
+_TRIES = 12  # short messages, many times: one that other processes did not hold up is among them
+_FEW_TRIES = 3
+_LONG = 0.2  # seconds in which messages of a pair that are slow are enough
+_ROUNDS = 4
 _CONNECT = 3.0  # seconds
-_BURST = 0.1  # seconds that a message may take before it is large enough
+_BURST = 0.02  # seconds that a message may take before it is large enough
 
 
 def measure(addresses: Sequence[str], *, timeout: float, pairings: int | None = None) -> dict[str, Any]:
@@ -120,8 +123,12 @@ def rounds(rank: int, world: int) -> Iterator[int | None]:
         yield other if other < world else None
 
 
-def speed(*, size: int = 512, seconds: float = 0.25) -> float:
-    """Floating-point operations per second of a float32 matrix product: the best of many, as others use the cores."""
+def speed(*, size: int = 192, seconds: float = 0.25) -> float:
+    """Floating-point operations per second of a float32 matrix product on one core: the best of many.
+
+    Each is over long before the kernel gives the core to another process, so that one of many has not been held up.
+    """
+    torch.set_num_threads(1)
     left, right = torch.rand(size, size), torch.rand(size, size)
     best, until = float("inf"), time.monotonic() + seconds
     while time.monotonic() < until:
@@ -139,14 +146,16 @@ def _pair(other: int, *, first: bool) -> tuple[float, float]:
         begin = time.perf_counter()
         _swap(ping, other, first=first)
         trips.append(time.perf_counter() - begin)
+    room = torch.ones(_LARGEST, dtype=torch.uint8)  # written to, so that no page is made while messages are timed
     size = _FIRST
-    while size < _LARGEST:  # both decide alike: by what the first one saw
-        took = torch.tensor([_stream(size, other, first=first)])
-        dist.send(took, other) if first else dist.recv(took, other)
-        if took.item() > _BURST:
-            break
+    while (times := _stream(room[:size], other, first=first)) and max(times) < _BURST and size < _LARGEST:
         size *= 4
-    best = min(_stream(size, other, first=first) for _ in range(_TRIES))
+    best, spent = times[not first], 0.0
+    for number in range(_TRIES):
+        if number >= _FEW_TRIES and spent > _LONG:
+            break
+        times = _stream(room[:size], other, first=first)
+        best, spent = min(best, times[not first]), spent + max(times)
     return min(trips) / 2, size / best
 
 
@@ -159,27 +168,32 @@ def _swap(message: torch.Tensor, other: int, *, first: bool) -> None:
         dist.send(message, other)
 
 
-def _stream(size: int, other: int, *, first: bool) -> float:
-    """Seconds that ``size`` bytes take from this node to ``other``, until it says that it has them."""
-    load, word = torch.zeros(size, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
-    took = 0.0
-    for sends in (first, not first):
+def _stream(load: torch.Tensor, other: int, *, first: bool) -> tuple[float, float]:
+    """Seconds that the load takes from the first node to the second one until that says that it has it, and back.
+
+    Both get both, so that they decide alike how to go on.
+    """
+    word, took = torch.zeros(1, dtype=torch.uint8), torch.zeros(2, dtype=torch.float64)
+    for way, sends in enumerate((first, not first)):
         if sends:
             begin = time.perf_counter()
             dist.send(load, other)
             dist.recv(word, other)
-            took = time.perf_counter() - begin
+            took[way] = time.perf_counter() - begin
+            dist.send(took[way : way + 1], other)
         else:
             dist.recv(load, other)
             dist.send(word, other)
-    return took
+            dist.recv(took[way : way + 1], other)
+    there, back = took.tolist()
+    return there, back
 
 
 def _all_reduce(world: int) -> float:
     size, best = _FIRST, float("inf")
     while True:
         data = torch.zeros(size // 4)
-        for _ in range(_TRIES):
+        for _ in range(_ROUNDS):
             dist.barrier()
             begin = time.perf_counter()
             dist.all_reduce(data)
