@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,16 @@ _GLANCE = 1.0  # most seconds that count between two looks: an agent that was he
 class NodeAgent(NodeMemory):
     """One node's side of a run. Methods are called by the controller through Ray, several at a time."""
 
-    def __init__(self, node: int, scope: str, environ: dict[str, str], same_machine: bool) -> None:
+    def __init__(
+        self, node: int, scope: str, environ: dict[str, str], same_machine: bool, preload: Sequence[str]
+    ) -> None:
         super().__init__()
         self._node = node
-        self._scope = scope
+        self._preload = preload
         self._same_machine = same_machine
         self._sees_logs = same_machine
         self._environ = rank_environment(environ, dict(os.environ), same_machine=same_machine)
+        self._server_name = server_name(scope, self._environ, preload)
         self._stores: list[int] = []
         self._server: ForkServer | None = None
         self._selector = selectors.DefaultSelector()
@@ -99,7 +103,7 @@ class NodeAgent(NodeMemory):
         Raises:
             HostError: it did not come up in time; the text says why.
         """
-        server = ForkServer.start(server_name(self._scope, self._environ), self._environ, timeout)
+        server = self._lease_server(timeout)
         facts = server.hello(keep_warm=keep_warm, timeout=timeout)
         self._server = server
         self._lease = lease
@@ -109,7 +113,7 @@ class NodeAgent(NodeMemory):
 
     def check(self, job: dict[str, Any], cwd: str, *, timeout: float) -> list[Problem]:
         """Try the job's recipe and data on this machine, on a lease of its own; the problems found."""
-        server = ForkServer.start(server_name(self._scope, self._environ), self._environ, timeout)
+        server = self._lease_server(timeout)
         try:
             server.hello(keep_warm=0, timeout=timeout)
             return check_job(server, job, environ=self._environ, cwd=cwd, timeout=timeout)
@@ -118,7 +122,7 @@ class NodeAgent(NodeMemory):
 
     def errand(self, child: ChildSpec, *, timeout: float) -> Outcome:
         """Fork ``child`` on a lease of its own, and wait for what comes of it."""
-        server = ForkServer.start(server_name(self._scope, self._environ), self._environ, timeout)
+        server = self._lease_server(timeout)
         try:
             server.hello(keep_warm=0, timeout=timeout)
             return send(server, replace(child, env={**self._environ, **child.env}), timeout)
@@ -255,6 +259,10 @@ class NodeAgent(NodeMemory):
             self._scratch.cleanup()
 
     # ---- starting
+
+    def _lease_server(self, timeout: float) -> ForkServer:
+        """A lease on the one fork server of this agent, also when the package was changed meanwhile."""
+        return ForkServer.start(self._server_name, self._environ, timeout, self._preload)
 
     def _require_server(self) -> ForkServer:
         if self._server is None:

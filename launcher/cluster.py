@@ -48,11 +48,12 @@ class Seat:
 
 @dataclass(frozen=True)
 class Hiring:
-    """What every node agent is made with: resources, the fork server's scope, the launch's environment."""
+    """What every node agent is made with: resources, the fork server's scope and imports, the launch's environment."""
 
     demand: Demand
     scope: str
     environ: dict[str, str]
+    preload: Sequence[str]
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Cluster:
         """The resources of each living machine of the cluster, in use or not."""
         return [node["Resources"] for node in untyped.ray().nodes() if node["Alive"]]
 
-    def place(self, demand: Demand, scope: str, environ: dict[str, str]) -> None:
+    def place(self, demand: Demand, scope: str, environ: dict[str, str], preload: Sequence[str]) -> None:
         """Reserve the nodes and create their agents.
 
         Raises:
@@ -139,7 +140,7 @@ class Cluster:
         bundle = demand.bundle
         strategy = "STRICT_SPREAD" if demand.spread else "PACK"
         group = placement_group([bundle] * demand.places, strategy=strategy)
-        self._hiring = Hiring(demand, scope, environ)
+        self._hiring = Hiring(demand, scope, environ, preload)
         self._seats = [Seat(group, index) for index in range(demand.places)]
         deadline = time.monotonic() + self.timeout
         while not group.wait(_SLICE):
@@ -163,8 +164,8 @@ class Cluster:
         options = agent.options(
             num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), max_concurrency=8, scheduling_strategy=here
         )
-        number, embedded = self._seats.index(seat), self.address is None
-        seat.agent = options.remote(number, self._hiring.scope, self._hiring.environ, embedded)
+        number, embedded, hiring = self._seats.index(seat), self.address is None, self._hiring
+        seat.agent = options.remote(number, hiring.scope, hiring.environ, embedded, hiring.preload)
         return seat.agent
 
     def dismiss(self, agent: Any) -> None:

@@ -63,7 +63,10 @@ class Measured:
     failed: Mapping[int, str] = field(default_factory=dict[int, str])
 
     def or_better(self, again: Measured) -> Measured:
-        """The better figure of each kind of two measurements: what else a machine does only makes them worse."""
+        """The better figure of each kind of two measurements: what else a machine does only makes them worse.
+
+        A node that was measured once can be measured.
+        """
         links = {(link.one, link.other): link for link in self.links}
         for new in again.links:
             old = links.get((new.one, new.other), new)
@@ -73,7 +76,8 @@ class Measured:
             node: max(self.flops.get(node, 0.0), again.flops.get(node, 0.0)) for node in {**self.flops, **again.flops}
         }
         all_reduce = max(self.all_reduce, again.all_reduce)
-        return Measured(tuple(links.values()), all_reduce, flops, {**again.failed, **self.failed})
+        failed = {node: why for node, why in again.failed.items() if node in self.failed}
+        return Measured(tuple(links.values()), all_reduce, flops, failed)
 
 
 @dataclass(frozen=True)

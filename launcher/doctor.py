@@ -27,7 +27,7 @@ from .session import Options, Session
 _WAIT = 10.0  # seconds that nodes wait for each other
 _LONGEST = 120.0  # seconds that measuring may take, however many nodes
 _EXAMINE = 30.0
-_AGAIN = 2  # more times that all is measured before something is called slow: it may have been busy for a moment
+_AGAIN = 2  # more times that all is measured before a node is called sick: it may have been busy for a moment
 _FEW = 3  # other nodes that a launch has each node measured against
 
 
@@ -75,9 +75,12 @@ def examine_cluster(
         return _one_each(nodes, machines)
 
     try:
-        with StopRequests() as stop, Session(options, resources, recovery, stop, demand, ask=ask) as session:
+        with (
+            StopRequests() as stop,
+            Session(options, resources, recovery, stop, demand, ask=ask, looks=True) as session,
+        ):
             session.connect(phase)
-            session.place(phase, whatever=True)
+            session.place(phase)
             return look(
                 session.cluster, checkpoint=job.checkpoint, tracking=job.tracking, runs=runs, phase=phase, pairings=None
             )
@@ -121,9 +124,9 @@ def look(
     phase("measuring what joins the nodes")
     measured = _measure(cluster, pairings)
     for _ in range(_AGAIN):
-        if not slower(cluster.nodes, measured):
+        if not measured.failed and not slower(cluster.nodes, measured):
             break
-        phase("measuring again what was slow")
+        phase("measuring again, as something was slow or failed")
         measured = measured.or_better(_measure(cluster, pairings))
     tracker = _try_tracker(tracking)
     findings = diagnose(cluster.nodes, asked, measured)

@@ -11,13 +11,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..core.errors import DltrainError
-from .forkserver import peer_uid
+from .forkserver import PRELOAD, peer_uid
 from .messages import ChildSpec, Exit
 
 _FIRST_CLIENT_TIMEOUT = 60.0
@@ -52,7 +53,7 @@ def last_edit(package: Path) -> int:
     return max(path.stat().st_mtime_ns for path in package.glob("*/*.py"))
 
 
-def server_name(scope: str, environ: dict[str, str]) -> str:
+def server_name(scope: str, environ: dict[str, str], preload: Sequence[str] = PRELOAD) -> str:
     """Name of the fork server that serves ``scope`` (a launch, or a Ray node) with this interpreter and environment.
 
     Two launches share a server only where a fresh process would have seen the same version of everything, so what is
@@ -60,7 +61,9 @@ def server_name(scope: str, environ: dict[str, str]) -> str:
     """
     start = sorted(f"{k}={v}" for k, v in environ.items() if k.startswith(_READ_AT_START) and k != "OMP_NUM_THREADS")
     edited = last_edit(Path(__file__).parent.parent)  # a warm server has the code that it has imported
-    facts = "\n".join([scope, str(os.getuid()), __version__, str(edited), sys.executable, sys.version, *start])
+    facts = "\n".join(
+        [scope, str(os.getuid()), __version__, str(edited), sys.executable, sys.version, *preload, *start]
+    )
     return f"dltrain-{os.getuid()}-{hashlib.sha256(facts.encode()).hexdigest()[:24]}"
 
 
@@ -77,8 +80,14 @@ class ForkServer:
         self._next = 0
 
     @classmethod
-    def start(cls, name: str, environ: dict[str, str], timeout: float) -> ForkServer:
+    def start(cls, name: str, environ: dict[str, str], timeout: float, preload: Sequence[str] = PRELOAD) -> ForkServer:
         """Connect to the fork server ``name``, starting it if there is none. Does not wait for its imports.
+
+        Args:
+            name: as :func:`server_name` makes it of the same environment and modules.
+            environ: what its children's environment is.
+            timeout: seconds that it may take to come up.
+            preload: modules that it imports.
 
         Raises:
             HostError: it did not come up within ``timeout`` seconds, or another user holds the name.
@@ -107,7 +116,7 @@ class ForkServer:
             if starter is None or started:  # the first, or where that has found one which ended before it was asked
                 command = [sys.executable, "-P", "-m", "dltrain.launcher.forkserver", name, str(_FIRST_CLIENT_TIMEOUT)]
                 starter = subprocess.Popen(
-                    command,
+                    [*command, *preload],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

@@ -18,6 +18,7 @@ from ..core.recovery import RecoverySpec
 from .cluster import Cluster, session_folder
 from .demand import Demand, Machine, demand_on
 from .enlist import LEASE, Enlisting, Probe, check_servers, check_versions, with_torch
+from .forkserver import PRELOAD, PRELOAD_PROBE
 from .host import ForkServer, server_name
 from .interrupt import StopRequests
 from .messages import NodeInfo
@@ -75,6 +76,8 @@ class Session:
     _server: ForkServer | None = None
     ask: Callable[[Resources, Sequence[Machine]], Demand] = demand_on
     """Settles the demand with an existing cluster's machines."""
+    looks: bool = False
+    """Nodes are only looked at: they may have other versions, and import no more than that takes."""
     sizes: Callable[[int], tuple[int, ...]] = lambda ranks: ()
     """From the ranks of a node to the numbers of nodes that the run may have."""
     _check: Future[list[Problem]] | None = None
@@ -98,8 +101,8 @@ class Session:
     def __enter__(self) -> Session:
         self.cluster.check_process()
         if self.embedded:  # imports torch while Ray starts
-            name = server_name(self._scope, self.environ)
-            self._server = ForkServer.start(name, self.environ, self.recovery.start_timeout)
+            name, timeout = server_name(self._scope, self.environ, self._preload), self.recovery.start_timeout
+            self._server = ForkServer.start(name, self.environ, timeout, self._preload)
             self.cluster.folder = session_folder()
             self._server.guard(self.cluster.folder)
         return self
@@ -140,12 +143,15 @@ class Session:
 
         self._check = self._threads.submit(check)
 
-    def place(self, phase: Callable[[str], None], *, whatever: bool = False) -> None:
+    @property
+    def _preload(self) -> Sequence[str]:
+        return PRELOAD_PROBE if self.looks else PRELOAD
+
+    def place(self, phase: Callable[[str], None]) -> None:
         """Have one agent a node, each with a fork server that has torch imported.
 
         Args:
             phase: told what is waited for.
-            whatever: take nodes of other versions too, to look at them.
 
         Raises:
             ClusterError: in time there was no room, no agent, or no fork server.
@@ -153,17 +159,17 @@ class Session:
         """
         phase("waiting for nodes")
         cluster = self.cluster
-        cluster.place(self.demand, self._scope if self.embedded else "", self.environ)
-        prepared = [self._prepare(agent, math.inf if whatever else LEASE) for agent in cluster.agents]
+        cluster.place(self.demand, self._scope if self.embedded else "", self.environ, self._preload)
+        prepared = [self._prepare(agent, math.inf if self.looks else LEASE) for agent in cluster.agents]
         interface = self.resources.network_interface
         nodes: list[NodeInfo] = cluster.call("describe", interface, waiting_for="describing its machine")
-        if not whatever:
+        if not self.looks:
             check_versions(nodes, nodes[0].versions)
         phase("importing torch on the nodes")
         servers = cluster.gather(prepared, waiting_for="importing torch")
         check_servers(nodes, servers)
         nodes = [with_torch(node, facts) for node, facts in zip(nodes, servers, strict=True)]
-        if not whatever:
+        if not self.looks:
             check_versions(nodes, nodes[0].versions)
         cluster.number(nodes)
 
