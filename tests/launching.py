@@ -34,7 +34,7 @@ def said(process: subprocess.Popen[str], text: str, *, timeout: float = 120.0) -
     """Wait until ``process`` has printed ``text``; all that it has printed, which ``communicate`` then leaves out."""
     assert process.stdout is not None
     out, deadline = b"", time.monotonic() + timeout
-    while text.encode() not in out:
+    while text.encode() not in out or not out.endswith(b"\n"):  # what is left out then does not begin within a letter
         ready, _, _ = select.select([process.stdout], [], [], max(deadline - time.monotonic(), 0))
         more = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
         if not more:

@@ -22,7 +22,8 @@ class RunFolder:
     path: Path
 
     def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        whole, _, _ = (self.path / "metrics.jsonl").read_text().rpartition("\n")  # a row may just be written
+        return [json.loads(line) for line in whole.splitlines()]
 
     def steps(self) -> list[int]:
         return [row["step"] for row in self.rows()]

@@ -4,16 +4,19 @@
 
 waits before optimizer step 20 as long as there is a file ``wait-at-20`` in the working directory; if there is a file
 ``until-told`` too, until the launcher has sent the rank a message. A rank that waits is told by the link ``waiting-0``,
-with the rank's number: it leads to the file that the rank waits for, so it exists no longer than that file.
+with the rank's number: it leads to the file that the rank waits for, so it exists no longer than that file. If it is
+sent SIGTERM there, or later, there is a file ``signalled-0``.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import dltrain
@@ -51,6 +54,7 @@ class Staged(CnnRecipe):
         me = dltrain.context().rank
         self._mine = rank in (-1, me)
         self._waiting, self._raised = Path(f"waiting-{me}"), Path(f"raised-{me}")
+        self._signalled = Path(f"signalled-{me}")
         self._raise_at, self._raise_once_at, self._exit_at = raise_at, raise_once_at, exit_at
         self._hang_in_evaluation, self._sleep_at = hang_in_evaluation, sleep_at
         self._allocate_at = allocate_at
@@ -85,11 +89,22 @@ class Staged(CnnRecipe):
         deadline = time.monotonic() + 300
         if not gate.exists():
             return
+        self._watch_for_sigterm()
         while gate.exists() or (Path("until-told").exists() and not _told()):
             _link(self._waiting, gate)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{gate} is still there")
             time.sleep(0.01)
+
+    def _watch_for_sigterm(self) -> None:
+        heard = signal.getsignal(signal.SIGTERM)
+
+        def tell(number: int, frame: FrameType | None) -> None:
+            if callable(heard):
+                heard(number, frame)
+            self._signalled.touch()
+
+        signal.signal(signal.SIGTERM, tell)
 
 
 def _link(path: Path, target: Path) -> None:

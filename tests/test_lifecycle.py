@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import Sandbox, wait_for
+from launching import Sandbox, said, wait_for
 from runs import RunFolder
 from stage import (
     JOB,
@@ -71,13 +71,15 @@ def test_a_second_ctrl_c_ends_at_once_even_when_wandb_hangs(box: Sandbox) -> Non
         with box.start(*LAUNCH, *JOB, "tracking.wandb.mode=online", **online) as process:
             wait_at_gate(box, process)
             ctrl_c(process)
+            before = said(process, "stopping: saving a checkpoint")
             time.sleep(0.5)  # two signals at once count as one request
             begin = time.monotonic()
             ctrl_c(process)
             out, err = process.communicate(timeout=120)
             took = time.monotonic() - begin
+        out = before + out
         assert process.returncode == 130, err
-        assert took < 15
+        assert took < 50  # not the minute that the trackers may take
         assert "stopped at once" in err
         assert "not all rows were sent" in out
         assert "wandb_feed" in out
@@ -93,6 +95,9 @@ def test_other_signals_stop_as_gently(box: Sandbox, signum: signal.Signals) -> N
     assert run_of(box).checkpoints()[-1] == run_of(box).steps()[-1] >= WAIT_AT
 
 
+SLOW = "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(100)\nSlow = 1\n"
+
+
 @pytest.mark.parametrize(
     ("moment", "signum"),
     [
@@ -102,7 +107,8 @@ def test_other_signals_stop_as_gently(box: Sandbox, signum: signal.Signals) -> N
     ],
 )
 def test_a_stop_while_processes_start_leaves_nothing(box: Sandbox, moment: str, signum: signal.Signals) -> None:
-    with box.start(*LAUNCH, *JOB) as process:
+    (box.folder / "slow.py").write_text(SLOW, encoding="utf-8")  # so that training cannot have begun meanwhile
+    with box.start(*LAUNCH, "recipe=slow:Slow") as process:
         wait_for(lambda: any(moment in line for line in box.processes().values()), what=moment)
         os.killpg(process.pid, signum)
         out, err = process.communicate(timeout=120)
@@ -113,8 +119,7 @@ def test_a_stop_while_processes_start_leaves_nothing(box: Sandbox, moment: str, 
 
 
 def test_a_stop_while_the_recipe_is_imported_leaves_nothing(box: Sandbox) -> None:
-    text = "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(100)\nSlow = 1\n"
-    (box.folder / "slow.py").write_text(text, encoding="utf-8")
+    (box.folder / "slow.py").write_text(SLOW, encoding="utf-8")
     with box.start("launch", "recipe=slow:Slow") as process:
         wait_for((box.folder / "importing").exists, what="the import")
         wait_for(lambda: any("NodeAgent" in line for line in box.processes().values()), what="the node's agent")
@@ -122,7 +127,7 @@ def test_a_stop_while_the_recipe_is_imported_leaves_nothing(box: Sandbox) -> Non
         ctrl_c(process)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert time.monotonic() - begin < 40  # not the minute that the trackers may take
+    assert time.monotonic() - begin < 50  # not the minute that the trackers may take
     assert "stopped before training began" in err
     assert not (box.folder / "runs").exists()
 

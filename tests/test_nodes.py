@@ -272,6 +272,7 @@ def test_a_run_shrinks_and_grows_again_without_losing_a_step(
     closed, later = gate(box), gate(box, LATER)
     with box.start("launch", "--nodes", "1:2", *JOB, "recovery.node_wait=0", f"numerics={numerics}") as process:
         wait_at_gate(box, process)
+        wait_for(lambda: WAIT_AT in run_of(box).checkpoints(), what="the checkpoint before the gate")
         os.kill(agent_of(run_of(box), 1), signal.SIGKILL)
         wait_for(lambda: run_of(box).record()["generations"] > 1, what="another start", timeout=120)
         closed.unlink()

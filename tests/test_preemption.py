@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from launching import Sandbox
+from launching import Sandbox, wait_for
 from runs import RunFolder
 from stage import JOB, LAUNCH, assert_same_run, gate, put_recipe, run_of, wait_at_gate
 
@@ -21,6 +21,7 @@ def test_a_rank_that_is_told_to_end_saves_and_the_run_goes_on_without_a_step_don
         assert len(told) == 3, sandbox.processes()
         for pid in told:
             os.kill(pid, signal.SIGTERM)
+        wait_for((sandbox.folder / "signalled-1").exists, what="the signal to be heard")
         closed.unlink()
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
@@ -40,7 +41,8 @@ def test_a_node_that_is_told_to_end_stops_a_run_without_restarts_which_can_be_co
     with sandbox.start(*LAUNCH, *JOB) as process:
         wait_at_gate(sandbox, process)
         os.kill(sandbox.named("ray::NodeAgent")[-1], signal.SIGTERM)
-        closed.unlink()
+        wait_for(lambda: list(sandbox.folder.glob("signalled-*")), what="the notice to reach a rank")
+        closed.unlink()  # ranks that went on without it could be at the end before it comes
         _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert " was sent SIGTERM; the same command goes on from step " in err
