@@ -102,6 +102,8 @@ class Intake:
                 self.last_words.setdefault("costs", []).append(message["cost"])
                 self._view.saved(message["step"], message["cost"])
                 self.reports.saved(message["step"])
+                if message["step"] >= self._troubled:  # what failed may have been given up for a newer one
+                    self._untroubled()
             case "trouble":
                 self._take_trouble(message)
             case "end":
@@ -210,6 +212,10 @@ class Intake:
             self._troubled = step
             text = f"the checkpoint of step {step} cannot be written yet (rank {message['rank']}: {why})"
             self._view.note(f"{text}; it is kept in memory and tried again, and training goes on")
-        elif not why and self._troubled >= 0:
+        elif not why:
+            self._untroubled()
+
+    def _untroubled(self) -> None:
+        if self._troubled >= 0:
             self._troubled = -1
             self._view.note("checkpoints can be written again")

@@ -19,12 +19,14 @@ from dltrain.checkpoint.writer import assign, held, plan_shard
 from dltrain.core.contracts import Engine, ShardedState
 from dltrain.core.folders import Chunk
 from dltrain.core.job import Job
+from dltrain.core.processes import Process
 from dltrain.core.storage import Storage
 from dltrain.training.context import context
 from dltrain.training.memory import Memory, Position
 from dltrain.training.persistence import Persister
 from dltrain.training.reporter import Reporter
 from dltrain.training.snapshot import Snapshots
+from launching import wait_for
 from torch import Tensor
 
 BIG = 200_000
@@ -89,13 +91,19 @@ def take(snapshots: Snapshots, step: int) -> None:
 
 
 def saves_while_its_persister_is_killed(url: str, kills: int, seed: int) -> int:
-    """Save ``kills`` steps; at a random moment of each the persister of one rank, in turn, dies."""
+    """Save ``kills`` steps; at a random moment of each the persister of one rank, in turn, dies.
+
+    The first of a rank stands still before, so that however fast it is it dies with a snapshot.
+    """
     snapshots, persister, reporter = open_snapshots(url)
-    moments = random.Random(seed)
+    moments, world, rank = random.Random(seed), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     for step in range(1, kills + 1):
+        mine = step % world == rank
+        if mine and step <= world:
+            stop(persister)
         take(snapshots, step)
         time.sleep(moments.uniform(0, 0.02))
-        if step % int(os.environ["WORLD_SIZE"]) == int(os.environ["RANK"]):
+        if mine:
             os.kill(persister.pid, signal.SIGKILL)
         snapshots.finish(60)
     lost = [message for message in reporter.said if "was lost" in message.get("text", "")]
@@ -103,10 +111,18 @@ def saves_while_its_persister_is_killed(url: str, kills: int, seed: int) -> int:
     return 0
 
 
+def stop(persister: Persister) -> None:
+    """Have it stand still; returns when it does."""
+    process = Process.of(persister.pid)
+    assert process is not None
+    process.signal(signal.SIGSTOP)
+    wait_for(lambda: process.state == "T", what="the stop")
+
+
 def waits_for_a_persister_that_stands_still(url: str) -> int:
     """Save one step; the persister goes on once the rank has said three times that it is alive."""
     snapshots, persister, _ = open_snapshots(url)
-    os.kill(persister.pid, signal.SIGSTOP)
+    stop(persister)
     take(snapshots, 1)
     said: list[None] = []
 
@@ -115,7 +131,7 @@ def waits_for_a_persister_that_stands_still(url: str) -> int:
         if len(said) == 3:
             os.kill(persister.pid, signal.SIGCONT)
 
-    snapshots.finish(20, alive=alive)
+    snapshots.finish(60, alive=alive)
     return 0
 
 
@@ -189,14 +205,32 @@ def _works_in(entry: Path, folder: Path) -> bool:
         return False
 
 
+class Removable:
+    """A folder, as a link to one, which a file takes the place of and back: each at once, whoever is writing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._folder = path, Path(f"{path}-elsewhere")
+        self._folder.mkdir()
+        path.symlink_to(self._folder)
+
+    def take_away(self) -> None:
+        new = Path(f"{self._path}-new")
+        new.touch()
+        new.replace(self._path)
+
+    def bring_back(self) -> None:
+        new = Path(f"{self._path}-new")
+        new.symlink_to(self._folder)
+        new.replace(self._path)
+
+
 def saves_while_the_folder_is_away(url: str) -> int:
     """Save step 1; take steps 2 to 4 while a file stands where the folder was; the last is saved when it is back."""
+    folder = Removable(Path(url))
     snapshots, _, reporter = open_snapshots(url)
     take(snapshots, 1)
     snapshots.finish(60)
-    folder, away = Path(url), Path(f"{url}-away")
-    folder.rename(away)
-    folder.touch()
+    folder.take_away()
 
     def told() -> list[str]:
         return [message["why"] for message in reporter.said if message["t"] == "trouble"]
@@ -207,8 +241,7 @@ def saves_while_the_folder_is_away(url: str) -> int:
         while len(told()) < step - 1 and time.monotonic() < deadline:
             snapshots.poll()
             time.sleep(0.01)
-    folder.unlink()
-    away.rename(folder)
+    folder.bring_back()
     snapshots.finish(60)
     assert len(told()) == 4, told()  # a word for each that could not be written, one when it could
     assert all("NotADirectoryError" in why or "File exists" in why for why in told()[:-1]), told()
