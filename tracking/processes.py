@@ -35,7 +35,17 @@ def run_in_gaps() -> None:
     A low priority is not enough where ranks take turns at computing and waiting for each other: it still lets a burst
     of work hold up the next step of all of them (sched(7), SCHED_IDLE). There is no way back without privileges.
     """
+    while _put_in_gaps():  # a thread that had its turn still to come may have begun another meanwhile
+        pass
+
+
+def _put_in_gaps() -> bool:
+    """Do it to the threads that there are now; whether there was one that had a core like others."""
+    found = False
     for pid in (os.getpid(), *descendants(os.getpid())):
         for thread in Path(f"/proc/{pid}/task").glob("*"):
             with suppress(OSError):
-                os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
+                if os.sched_getscheduler(int(thread.name)) != os.SCHED_IDLE:
+                    os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
+                    found = True
+    return found
