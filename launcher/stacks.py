@@ -20,7 +20,7 @@ from ..core.processes import Process
 #: A real-time signal, which neither Python, torch nor a batch system uses.
 SIGNAL = signal.SIGRTMIN + 11
 
-_SETTLED = 0.1  # seconds without growth after which an answer is whole
+_SETTLED = 5  # looks in a row without growth after which an answer is whole: looks, as the machine may stand still
 _POLL = 0.02
 _THREAD = re.compile(r"^(?:Current thread|Thread) \S+.*$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(.+)", line \d+ in .+$', re.MULTILINE)
@@ -92,7 +92,7 @@ def look_at(ranks: Mapping[int, tuple[Process, int]], timeout: float) -> dict[in
     """Look at the processes of ranks, given each with the descriptor of its sheet, for at most ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     begun = {rank: os.fstat(fd).st_size for rank, (_, fd) in ranks.items()}
-    seen = {rank: (size, time.monotonic()) for rank, size in begun.items()}
+    seen, quiet = dict(begun), dict.fromkeys(begun, 0)
     states = {rank: process.state for rank, (process, _) in ranks.items()}
     waiting = {rank for rank, state in states.items() if state not in ("", "T", "Z")}
     for rank in waiting:
@@ -100,13 +100,12 @@ def look_at(ranks: Mapping[int, tuple[Process, int]], timeout: float) -> dict[in
     while waiting and time.monotonic() < deadline:
         time.sleep(_POLL)
         for rank in list(waiting):
-            size, since = seen[rank]
-            now = os.fstat(ranks[rank][1]).st_size
-            if now > size:
-                seen[rank] = now, time.monotonic()
-            elif size > begun[rank] and time.monotonic() - since > _SETTLED:
+            size = os.fstat(ranks[rank][1]).st_size
+            quiet[rank] = quiet[rank] + 1 if size == seen[rank] > begun[rank] else 0
+            seen[rank] = size
+            if quiet[rank] == _SETTLED:
                 waiting.discard(rank)
-    return {rank: Look(states[rank], _read(fd, begun[rank], seen[rank][0])) for rank, (_, fd) in ranks.items()}
+    return {rank: Look(states[rank], _read(fd, begun[rank], seen[rank])) for rank, (_, fd) in ranks.items()}
 
 
 def _read(fd: int, begin: int, end: int) -> str:
