@@ -23,17 +23,20 @@ def test_an_unfinished_line_is_seen_while_the_script_waits(sandbox: Sandbox) -> 
     (sandbox.folder / "train.py").write_text(PROGRAM, encoding="utf-8")
     with sandbox.start("launch", "train.py") as process:
         assert process.stdout is not None
-        seen, deadline = b"", time.monotonic() + 60
+        seen, deadline = b"", time.monotonic() + 120
         while seen != b"10%\r20%\rfinish?":
             ready = select.select([process.stdout], [], [], max(0, deadline - time.monotonic()))[0]
             assert ready, seen
             seen += os.read(process.stdout.fileno(), 100)
         (sandbox.folder / "go").touch()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (0, " yes", "")
 
 
-def test_lines_of_several_ranks_do_not_mix(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_lines_of_several_ranks_do_not_mix(
+    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dltrain.launcher.view._UNFINISHED", 3600.0)  # nothing here is old enough to be shown
     view = ScriptView(OutputRules(), quiet=False)
     view.output(0, "stdout", b"a\nhal")
     view.output(1, "stdout", b"b\n")
@@ -56,7 +59,7 @@ def test_a_prefix_stands_before_every_line_and_only_there(capfdbinary: pytest.Ca
 
 def test_a_line_in_progress_is_seen_however_steadily_it_grows(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     view = ScriptView(OutputRules(), quiet=False)
-    seen, deadline = b"", time.monotonic() + 10
+    seen, deadline = b"", time.monotonic() + 60
     while not seen:
         assert time.monotonic() < deadline
         view.output(0, "stdout", b".")

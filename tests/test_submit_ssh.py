@@ -49,13 +49,13 @@ def test_a_job_over_ssh_ends_with_the_same_weights_and_ctrl_c_ends_it_all(
     stopped = sandbox.run("status", f"digits/ssh-{job}", **environ)
     assert stopped.returncode == 3, stopped.stdout + stopped.stderr
     assert f"ssh {job}, stopped (exit code 143)" in stopped.stdout
-    wait_for(lambda: not hosts.processes(), what="the end of all on the hosts", timeout=30)
+    wait_for(lambda: not hosts.processes(), what="the end of all on the hosts")
 
     done = sandbox.run(*SUBMIT, "--wait", **environ)
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunFolder(sandbox.folder / "runs/digits/0001")
     assert_same_run(run, reference)
-    wait_for(lambda: not hosts.processes(), what="the end of all on the hosts", timeout=30)
+    wait_for(lambda: not hosts.processes(), what="the end of all on the hosts")
     written = "".join(p.read_text(errors="replace") for p in sandbox.folder.rglob("*.*") if p.is_file())
     assert SECRET not in written
     listed = sandbox.run("runs", **environ)
@@ -82,7 +82,7 @@ def test_a_job_whose_machines_have_not_come_up_is_stopped_at_once(sandbox: Sandb
     submitted = sandbox.run("submit", "--cluster", "hostfile", **environ)
     assert submitted.returncode == 0, submitted.stderr
     wait_for(lambda: any("submit.gather" in line for line in sandbox.processes().values()), what="the wait for Ray")
-    stopped = sandbox.run("stop", timeout=60, **environ)
+    stopped = sandbox.run("stop", **environ)
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped (exit code 143)" in stopped.stdout
 

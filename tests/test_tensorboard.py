@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from dltrain.core.errors import JobError
 from dltrain.tracking import tensorboard
 from dltrain.tracking.journal import Journal, Row
 from dltrain.tracking.tensorboard import TensorBoardPump
+from launching import wait_for
 
 pytestmark = pytest.mark.skipif(not tensorboard.available(), reason="the package tensorboard is not installed")
 
@@ -28,12 +28,12 @@ def test_numbers_arrive_once_also_after_a_resume(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "m")
     pump = TensorBoardPump(journal.path, tmp_path, on_message=said.append)
     journal.extend(Row(step, 1.7e9 + step, {"train/loss": step / 4, "ok": True, "note": "text"}) for step in range(50))
-    outcome = pump.finish(30)
+    outcome = pump.finish(60)
     assert (outcome.state, outcome.rows) == ("complete", 50)
     assert str(tmp_path / "tensorboard") in outcome.command
     pump = TensorBoardPump(journal.path, tmp_path, on_message=said.append)
     journal.append(60, {"train/loss": math.inf})
-    assert pump.finish(30).rows == 51
+    assert pump.finish(60).rows == 51
     journal.close()
     read = scalars(tmp_path)
     assert read["train/loss"] == [(step, step / 4) for step in range(50)] + [(60, math.inf)]
@@ -48,10 +48,10 @@ def test_a_reader_that_was_there_before_the_resume_sees_no_step_twice(tmp_path: 
 
     journal = Journal(tmp_path / "m")
     journal.extend(Row(step, 1.7e9, {"loss": 1.0}) for step in range(10))
-    assert TensorBoardPump(journal.path, tmp_path, on_message=print).finish(30).state == "complete"
+    assert TensorBoardPump(journal.path, tmp_path, on_message=print).finish(60).state == "complete"
     reader = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     journal.append(10, {"loss": 1.0})
-    assert TensorBoardPump(journal.path, tmp_path, on_message=print).finish(30).state == "complete"
+    assert TensorBoardPump(journal.path, tmp_path, on_message=print).finish(60).state == "complete"
     journal.close()
     assert [event.step for event in reader.Reload().Scalars("loss")] == list(range(11))
 
@@ -63,15 +63,10 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_tried_again(tmp_path: 
     journal.close()
     (tmp_path / "tensorboard").write_text("in the way")
     pump = TensorBoardPump(journal.path, tmp_path, on_message=said.append, pause=0.05)
-    deadline = time.monotonic() + 20
-    while not said:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: said, what="the trouble")
     (tmp_path / "tensorboard").unlink()
-    while not list(tmp_path.glob("tensorboard/events*")):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert pump.finish(20).state == "complete"
+    wait_for(lambda: list(tmp_path.glob("tensorboard/events*")), what="the file")
+    assert pump.finish(60).state == "complete"
     assert scalars(tmp_path)["loss"] == [(0, 1.0)]
     assert len(said) == 1
 
