@@ -158,7 +158,7 @@ def run_rank(
     with ours, theirs, contextlib.closing(pulse):
         fds = {"stdout": out, "stderr": err, "channel": theirs.fileno(), "pulse": pulse.fd}
         child = server.fork(spec, fds)
-        while not (ends := [e.exit for e in server.events(60) if e.id == child and e.exit]):
+        while not (ends := [e.exit for e in server.events(120) if e.id == child and e.exit]):
             pass
     texts = []
     for fd in (out, err):
@@ -220,12 +220,12 @@ def test_the_environment_acts_as_on_a_new_process(programs: Path) -> None:
 def test_a_model_may_outlive_its_process_group(servers: tuple[ForkServer, ForkServer], programs: Path) -> None:
     """Half of the forks would hang, in torch: see ``keep_process_groups``."""
     for _ in range(8):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
-        with ThreadPoolExecutor(2) as threads:
+        with socket.socket() as held, ThreadPoolExecutor(2) as threads:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store does: nobody else gets the port
+            held.bind(("127.0.0.1", 0))
+            port = str(held.getsockname()[1])
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
             ranks = [
                 threads.submit(run_rank, servers[r], programs, ["folder/ddp.py"], **place, RANK=str(r)) for r in (0, 1)
             ]
-            assert [rank.result(60).code for rank in ranks] == [0, 0]
+            assert [rank.result(120).code for rank in ranks] == [0, 0]
