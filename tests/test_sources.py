@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def module(
 
     def write(text: str) -> str:
         (tmp_path / f"{name}.py").write_text(text)
+        importlib.invalidate_caches()  # a folder that was looked into within the same tick of its clock
         return name
 
     yield write
