@@ -51,6 +51,15 @@ class Trained(NamedTuple):
 @cache
 def plain(*, tied: bool) -> Trained:
     """One process, one thread; the last of the steps has fewer samples than microbatches."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _trained(tied=tied)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _trained(*, tied: bool) -> Trained:
     x, y = plain_corpus()
     train, test = (np.asarray(split(len(x), Split())[part]) for part in ("train", "test"))
     torch.manual_seed(derive(SEED, "weights"))
