@@ -1,6 +1,7 @@
 """Several machines in one: network namespaces on a common bridge, each with a host name, an address and its mounts.
 
-They share this machine's processes and files. Their network leads to each other and nowhere else.
+They share this machine's processes and files. Their network leads to each other and nowhere else. If the process that
+made them is killed, they end, with all that runs on them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,21 @@ _NAMESPACES = ("--net", "--uts", "--mount")
 _TOOLS = ("ip", "unshare", "nsenter", "setpriv", "hostname")
 _TRY = "ip link add br0 type bridge && ip link add port0 type veth peer name eth0"
 _UP = "up\n"
+# A machine's first process: when its standard input ends, since whoever made the machine is gone, all others end.
+_FIRST = """
+hostname "$0" && echo up && read -r _
+left=yes
+while [ "$left" ]; do
+    left=
+    for at in /proc/[0-9]*; do
+        if [ "$at" != "/proc/$$" ] && [ "$at/ns/net" -ef "/proc/$$/ns/net" ]; then
+            kill -KILL "${at#/proc/}"
+            left=yes
+        fi
+    done
+    [ -z "$left" ] || sleep 0.05
+done
+"""
 _PATIENCE = 30.0
 _MOST = 254  # of a network with 8 bits for hosts
 
@@ -148,12 +164,10 @@ def machines(count: int) -> Generator[list[Machine]]:
 
 @contextmanager
 def _machine(name: str, address: str) -> Generator[Machine]:
-    """Its first process ends with ours, and leads a session of its own, so that Ctrl-C does not take it away."""
-    script = f"hostname {name} && echo up && exec sleep infinity"
-    command = ["setpriv", "--pdeathsig", "KILL", "unshare", *_NAMESPACES, "sh", "-c", script]
+    """Its first process leads a session of its own, so that Ctrl-C does not take it away."""
     process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
+        ["unshare", *_NAMESPACES, "sh", "-c", _FIRST, name],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
