@@ -217,6 +217,11 @@ def test_a_job_is_listed_followed_and_stopped_by_the_address_where_nothing_of_it
     [
         ("--address head:6379", "the dashboard's, such as http://head:8265"),
         ("--address http://127.0.0.1:1", "the Ray cluster at http://127.0.0.1:1 does not answer"),
+        (
+            "--address http://me:hidden@head:8265",
+            "--address: a user, a password or a token has no place in the address",
+        ),
+        ("--address http://head:8265/?token=hidden", "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN in the environment"),
         ("--address http://a:1 --cluster c", "--address: cannot stand beside --cluster"),
         ("--cluster gone", "there is no cluster file 'gone'"),
         ("--cluster hostfile", "hosts over ssh keep no list of jobs"),
@@ -228,6 +233,22 @@ def test_a_cluster_that_cannot_be_asked_is_named(options: str, says: str, empty_
         refused = dltrain(command, *options.split())
         assert refused.code == (1 if "does not answer" in says else 2)
         assert says in " ".join(refused.err.split())
+        assert "hidden" not in refused.err
+
+
+@pytest.mark.parametrize(
+    "address", ["http://me:hidden@a:1", "me:hidden@a:1", "https://a:1/?token=hidden", "http://a#hidden"]
+)
+def test_a_secret_in_a_cluster_file_is_refused_before_anything_is_written(address: str, empty_folder: Path) -> None:
+    Path("c.yaml").write_text(f"kind: ray\naddress: '{address}'\n", encoding="utf-8")
+    Path("train.py").touch()
+    for command in ("submit --cluster c train.py", "submit --cluster c --dry-run train.py", "runs --cluster c"):
+        refused = dltrain(*command.split())
+        assert refused.code == 2
+        assert "c.yaml:2: address: a user, a password or a token has no place" in refused.err
+        assert "RAY_AUTH_TOKEN in the environment" in " ".join(refused.err.split())
+        assert "hidden" not in refused.out + refused.err
+    assert sorted(path.name for path in Path().iterdir()) == ["c.yaml", "train.py"]
 
 
 def test_code_that_is_too_much_is_refused_with_the_largest_files(empty_folder: Path) -> None:

@@ -154,6 +154,10 @@ class RayJobs(Adapter):
 
 
 def _no_url(address: str, where: str) -> list[Problem]:
+    """What is wrong with a dashboard's address; a secret in it is not shown."""
+    if "@" in address or "?" in address or "#" in address:
+        what = "a user, a password or a token has no place in the address, which is kept in files and shown"
+        return [Problem(what, where, "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN in the environment give Ray's token")]
     if address.startswith(("http://", "https://")):
         return []
     hint = "the dashboard's, such as http://head:8265; dltrain launch --address takes host:6379"
