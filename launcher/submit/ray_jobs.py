@@ -10,6 +10,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from .. import untyped
 from .adapter import Adapter, JobState, Standing, checked, place
 from .code import Code, code_of, dltrain_code
 from .handle import Handle
+from .ray_output import followed
 from .steps import Steps, Submission
 
 _STANDING: dict[str, Standing] = {
@@ -263,22 +265,28 @@ def _state(info: Any) -> JobState:
 
 
 def output_at(address: str, number: str, *, follow: bool) -> Iterator[bytes]:
-    """What a job's driver has printed.
+    """What a job's driver has printed; followed, until its end, over answers that fail.
 
     Raises:
         RunFailed: the cluster does not answer, or does not know the job.
     """
-    client = _client(address)
-    if not follow:
-        with _asked(address, number):
-            text = str(client.get_job_logs(number))
-        yield text.encode()
+    if follow:
+        texts = followed(partial(_tail, address, number), partial(state_at, address, number))
+        yield from (text.encode() for text in texts)
         return
-    pieces = client.tail_job_logs(number)
+    client = _client(address)
+    with _asked(address, number):
+        text = str(client.get_job_logs(number))
+    yield text.encode()
+
+
+def _tail(address: str, number: str) -> Iterator[str]:
+    """What a job's driver has printed and prints, over one connection."""
+    pieces = _client(address).tail_job_logs(number)
     with _asked(address, number), asyncio.Runner() as runner:
 
-        async def piece() -> bytes:
-            return str(await anext(pieces, "")).encode()
+        async def piece() -> str:
+            return str(await anext(pieces, ""))
 
         while text := runner.run(piece()):
             yield text
@@ -314,7 +322,8 @@ def _client(address: str) -> Any:
         RunFailed: nobody answers there.
     """
     jobs: Any = importlib.import_module("ray.job_submission")
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every upload and connection
+    for name in ("ray", jobs.JobSubmissionClient.__module__):  # they tell of every upload and connection
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return jobs.JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, untyped.ray().exceptions.AuthenticationError) as error:
