@@ -178,22 +178,30 @@ class _State:
     last: RunRow | None = None
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque[tuple[float, int]](maxlen=200))
+    """Seconds and steps from one row to the next, of the same start of the ranks."""
+    fresh: bool = True
+    """No row has come from the ranks that are there now."""
     speeds: deque[float] = field(default_factory=lambda: deque[float](maxlen=50))
     """Samples per second of the newest rows; a single step's says little."""
 
+    def begin(self, total_steps: int) -> None:
+        """The ranks have been started, for the first time or again."""
+        self.total_steps, self.fresh = total_steps, True
+
     def take(self, row: RunRow) -> None:
-        self.last = row
+        if self.last is not None and not self.fresh:  # what lies before a start is no pace
+            self.recent.append((row.at - self.last.at, row.step - self.last.step))
+        self.last, self.fresh = row, False
         self.metrics.update(row.metrics)
-        self.recent.append((row.at, row.step))
         if "train/samples_per_second" in row.metrics:
             self.speeds.append(row.metrics["train/samples_per_second"])
 
     def remaining(self) -> float | None:
         """Seconds to go at the recent pace."""
-        if len(self.recent) < 2 or not self.total_steps:
+        seconds, steps = map(sum, zip(*self.recent, strict=True)) if self.recent else (0.0, 0)
+        if self.last is None or not self.total_steps or steps <= 0 or seconds <= 0:
             return None
-        (t0, s0), (t1, s1) = self.recent[0], self.recent[-1]
-        return (self.total_steps - s1) * (t1 - t0) / (s1 - s0) if s1 > s0 and t1 > t0 else None
+        return (self.total_steps - self.last.step) * seconds / steps
 
     def line(self) -> str:
         assert self.last is not None
@@ -242,7 +250,7 @@ class PlainView(View):
         _write(sys.stdout, f"{text}\n")
 
     def setup(self, facts: Mapping[str, Any]) -> None:
-        self._state.total_steps = facts["total_steps"]
+        self._state.begin(facts["total_steps"])
         self.note(_setup_line(facts))
 
     def row(self, row: RunRow) -> None:
@@ -294,7 +302,7 @@ class LiveView(View):
         self._nodes = nodes
 
     def setup(self, facts: Mapping[str, Any]) -> None:
-        self._state.total_steps = facts["total_steps"]
+        self._state.begin(facts["total_steps"])
         self._phase = ""
         self.note(_setup_line(facts))
 

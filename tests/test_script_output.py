@@ -7,6 +7,7 @@ import select
 import time
 
 import pytest
+from dltrain.core.rows import RunRow
 from dltrain.launcher.view import OutputRules, PlainView, ScriptView
 from launching import Sandbox
 
@@ -82,3 +83,19 @@ def test_ranks_counted_by_cores_see_no_gpu(sandbox: Sandbox) -> None:
     done = sandbox.run("launch", "--nproc-per-node", "cpu", "gpus.py", CUDA_VISIBLE_DEVICES="0,1")
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.splitlines()) == {"''"}
+
+
+def test_the_time_to_go_does_not_count_what_a_restart_took(capsys: pytest.CaptureFixture[str]) -> None:
+    view = PlainView()
+    facts = {"samples": {}, "parameters": 1, "total_steps": 100}
+
+    def said(step: int, at: float) -> str:
+        view.row(RunRow(step, at, {"val/loss": 1.0}, 1, 0.0, 0.0))
+        return capsys.readouterr().out
+
+    view.setup({**facts, "start": 0})
+    assert "to go" not in said(1, 1000.0)
+    assert "1 min 30 s to go" in said(10, 1009.0)
+    view.setup({**facts, "start": 5})
+    assert "1 min 34 s to go" in said(6, 1300.0)  # at the pace from before
+    assert "1 min 30 s to go" in said(10, 1304.0)
