@@ -208,11 +208,41 @@ def test_a_job_that_fails_by_itself_leaves_its_report(sandbox: Sandbox) -> None:
     shutil.rmtree(next(sandbox.temporary.glob("dltrain-chaos-*")))
 
 
+HANGS = """
+    import itertools
+    import threading
+    from dltrain.models.cnn import CnnRecipe
+
+    calls = itertools.count()
+
+    class Hangs(CnnRecipe):
+        def loss(self, part, parts, batch):
+            if next(calls) == 10:  # a rank has two microbatches in a step
+                threading.Event().wait()
+            return super().loss(part, parts, batch)
+"""
+
+
+@pytest.mark.slow
+def test_a_clean_run_that_hangs_is_ended_and_told(sandbox: Sandbox) -> None:
+    (sandbox.folder / "hangs.py").write_text(dedent(HANGS), encoding="utf-8")
+    patience = ("recovery.stall=never", "recovery.stall_at_start=1s", "recovery.start_timeout=15s")
+    done = sandbox.run("chaos", *JOB, *patience, "recipe=hangs:Hangs", "--faults", "kill:rank=0@60")
+    assert done.returncode == 1, done.stderr + done.stdout
+    assert "the job hangs without any fault: after 5 of 400 steps it did no other for 31 s" in done.stderr
+    shutil.rmtree(next(sandbox.temporary.glob("dltrain-chaos-*")))
+
+
 @pytest.mark.slow
 def test_a_fault_that_comes_too_late_is_no_success(sandbox: Sandbox) -> None:
-    done = sandbox.run("chaos", *JOB, "--faults", "kill:rank=0@999s")
+    cores = ("resources.nproc_per_node=cpu", "train.microbatches=auto")
+    done = sandbox.run("chaos", *JOB, *cores, "--json", "--faults", "kill:rank=0@999s")
     assert done.returncode == 1, done.stderr + done.stdout
-    assert "kill:rank=0@999s never happened: the run was over before" in done.stdout
+    answer = json.loads(done.stdout)
+    (schedule,) = answer["schedules"]
+    assert schedule["wrong"] == ["kill:rank=0@999s never happened: the run was over before"]
+    manifests = Path(schedule["folder"]).glob("runs/*/0001/checkpoints/step-*/manifest.json")
+    assert {json.loads(path.read_text())["world"] for path in manifests} == {answer["ranks"]}
     shutil.rmtree(next(sandbox.temporary.glob("dltrain-chaos-*")))
 
 

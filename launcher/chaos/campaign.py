@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import sys
@@ -22,12 +23,11 @@ from .faults import KINDS, Fault, check_faults
 from .lan import Lan
 from .player import Performance, Player
 from .schedules import random_schedule
-from .stand import Stand
+from .stand import OneMachine, Stand
 from .verdict import Trace, differences
 from .watch import Watch
 
 _LEAST, _PER_FAULT, _TIMES_CLEAN = 120.0, 60.0, 5.0  # seconds, seconds, times: when a run is said to hang
-_FIRST = 24 * 3600.0  # how long the clean run may take, of which nothing is known yet
 _TAIL = 12  # lines of a failed launch that are told
 
 
@@ -102,7 +102,7 @@ class Campaign:
     """One job and the cluster that it is tried on. Use :func:`campaign`."""
 
     job: Job
-    stand: Stand | Lan
+    stand: Stand
     folder: Path
     stop: StopRequests
     _kept: bool = field(default=False)
@@ -112,16 +112,25 @@ class Campaign:
 
         Raises:
             JobError: the job is wrong.
-            RunFailed: it fails by itself.
+            RunFailed: it fails by itself, or hangs.
         """
-        folder, done = self._launch("clean", (), limit=_FIRST)
+        # How long it takes is not known yet: what is known is how long it may stand still.
+        recovery = self.job.recovery
+        still = 2 * recovery.start_timeout + recovery.stall_at_start
+        folder, done = self._launch("clean", (), still=still)
+        if done.late:
+            self._kept = True
+            after = f"{max(0, done.steps)} of {done.total_steps} steps" if done.total_steps else "its start"
+            what = f"the job hangs without any fault: after {after} it did no other for {still:.0f} s"
+            what += f" (recovery.stall_at_start and twice start_timeout); what it left is in {folder}"
+            raise RunFailed("\n".join(filter(None, [what, _tail(folder / "launch.log")])))
         if done.code:
             error = JobError if done.code == 2 else RunFailed
             self._kept = error is RunFailed  # its words name a report
             raise error(f"the job fails without any fault: {_tail(folder / 'launch.log')}")
         trace = Trace.read(self._run(folder))
         shutil.rmtree(folder)
-        return Clean(self.stand.world, done.total_steps, done.seconds, trace)
+        return Clean(self.stand.demand.world, done.total_steps, done.seconds, trace)
 
     def trial(self, number: int, faults: tuple[Fault, ...], clean: Clean) -> Trial:
         """A run with ``faults``; what it leaves is removed if it is identical to the clean one."""
@@ -164,8 +173,13 @@ class Campaign:
         assert path is not None, "the launch has ended well"
         return path
 
-    def _launch(self, name: str, faults: Sequence[Fault], *, limit: float) -> tuple[Path, Performance]:
-        """Run the job in a folder of its own while ``faults`` happen to it; the folder, and what came of it."""
+    def _launch(
+        self, name: str, faults: Sequence[Fault], *, limit: float = math.inf, still: float = math.inf
+    ) -> tuple[Path, Performance]:
+        """Run the job in a folder of its own while ``faults`` happen to it; the folder, and what came of it.
+
+        It is killed after ``limit`` seconds in all, or ``still`` seconds without another step.
+        """
         self.stand.ready()
         folder = self.folder / name
         folder.mkdir()
@@ -174,6 +188,7 @@ class Campaign:
         restarts = max(self.job.recovery.max_restarts, 2 * len(faults))  # a fault may take two generations with it
         settings = {
             "resources.placement": self.stand.placement,
+            "resources.nproc_per_node": self.stand.demand.ranks,  # the cluster has more cores than one run is to take
             "recovery.max_restarts": restarts,
             "checkpoint.to": "null",
             "tracking.wandb.mode": "disabled",
@@ -190,7 +205,14 @@ class Campaign:
         interrupted = self.stop.leave_if_asked
         links = self.stand if isinstance(self.stand, Lan) else None
         player = Player(
-            command, folder / "launch.log", watch, faults, links=links, limit=limit, interrupted=interrupted
+            command,
+            folder / "launch.log",
+            watch,
+            faults,
+            links=links,
+            limit=limit,
+            still=still,
+            interrupted=interrupted,
         )
         return folder, player.play()
 
@@ -210,9 +232,9 @@ def campaign(job: Job, faults: tuple[Fault, ...] = ()) -> Generator[Campaign]:
     """
     with StopRequests() as stop:
         cuts = sum(KINDS[fault.kind].links for fault in faults)
-        stand = Lan(job, cuts, stop.leave_if_asked) if cuts else Stand(job, stop.leave_if_asked)
-        _refuse(faults, world=stand.world, nodes=job.resources.nodes)
-        problems = check_job(job, world=stand.world)
+        stand = Lan(job, cuts, stop.leave_if_asked) if cuts else OneMachine(job, stop.leave_if_asked)
+        _refuse(faults, world=stand.demand.world, nodes=job.resources.nodes)
+        problems = check_job(job, world=stand.demand.world)
         if job.parallel.is_open:
             what = "runs that are compared to the bit need the same strategy, and each would choose for itself"
             problems.append(Problem(what, "parallel.strategy", "name one"))

@@ -20,6 +20,7 @@ from ...core.job import Job
 from ..cluster import OBJECT_STORE, ClusterError, session_folder
 from ..demand import demand_here
 from .machines import Machine, machines, why_not
+from .stand import Stand
 
 _PORT = 6379
 _UP = "Ray runtime started"
@@ -46,42 +47,32 @@ class _Member:
     suspect: bool = False
 
 
-class Lan:
-    """Enter it to have the machines; leave it and everything on them is gone.
+class Lan(Stand):
+    """A cluster of several machines, whose links can be cut.
 
     The first machine has Ray's head and the launchers, and no node: those are what can be cut off, one on each of the
     others. There are more of these than nodes, for the place of those that are cut off.
 
     Args:
         cuts: how often a node may be cut off in one launch.
-
-    Attributes:
-        address: of the cluster, for ``--address``.
-        world: number of ranks that the job has here.
-        placement: how nodes are to be placed.
-        prefix: what to put before a launch.
-        options: more of its options.
     """
 
-    placement: str = "spread"
-    options: tuple[str, ...] = ("--keep-warm", _WARM)
+    placement = "spread"
+    options = ("--keep-warm", _WARM)
 
     def __init__(self, job: Job, cuts: int, interrupted: Callable[[], None]) -> None:
         """Check what can be checked before anything starts; raises JobError."""
         if reason := why_not():
             raise JobError(Problem("no node's link can be cut here", "--faults, 'partition'", reason))
-        self._demand = demand_here(job.resources.model_copy(update={"placement": "pack"}), job.recovery.spares)
-        if self._demand.gpus:
+        super().__init__(demand_here(job.resources.model_copy(update={"placement": "pack"}), job.recovery.spares))
+        if self.demand.gpus:
             what = "the machines that partitions are played on have no GPUs"
             raise JobError(Problem(what, "--faults, 'partition'", "CUDA_VISIBLE_DEVICES= hides them, for CPUs"))
         self._timeout = max(job.recovery.start_timeout, _PATIENCE)
-        self._count = 1 + self._demand.places + cuts
+        self._count = 1 + self.demand.places + cuts
         self._interrupted = interrupted
         self._stack = ExitStack()
         self._members: list[_Member] = []
-        self.world = self._demand.world
-        self.address = ""
-        self.prefix: tuple[str, ...] = ()
 
     def __enter__(self) -> Self:
         try:
@@ -95,7 +86,7 @@ class Lan:
         self._stack.close()
 
     def ready(self) -> None:
-        """Make every machine as good as new for the next launch.
+        """Mend links that are cut, and start Ray again on machines that were cut off.
 
         Raises:
             ClusterError: Ray did not start on one, or its head has ended.
@@ -145,7 +136,7 @@ class Lan:
 
     def _begin(self, member: _Member, *role: str) -> None:
         """Start Ray on a machine, and wait until it is up."""
-        cpus = 0 if member is self._members[0] else self._demand.cpus
+        cpus = 0 if member is self._members[0] else self.demand.cpus
         options = (
             *("--block", "--disable-usage-stats", f"--object-store-memory={OBJECT_STORE}", "--num-gpus=0"),
             *(f"--num-cpus={cpus}", f"--node-ip-address={member.machine.address}"),

@@ -61,7 +61,8 @@ class Performance:
         seconds: from the start of the command to its end.
         steps_again: how many steps were done more than once.
         starts: how often ranks were started.
-        late: it had not ended in time, and was killed.
+        steps: the most that any rank had done.
+        late: it had not ended in time, or had come to no other step for too long, and was killed.
     """
 
     code: int = 0
@@ -69,6 +70,7 @@ class Performance:
     played: list[Played] = field(default_factory=list[Played])
     steps_again: int = 0
     starts: int = 0
+    steps: int = 0
     total_steps: int = 0
     late: bool = False
 
@@ -83,6 +85,7 @@ class Player:
         faults: what is to happen.
         links: of the nodes' machines, where they have any.
         limit: seconds after which the command is killed.
+        still: seconds after which it is killed if no rank has come further.
         interrupted: called all the time; raises to give up.
     """
 
@@ -95,18 +98,21 @@ class Player:
         *,
         links: Links | None,
         limit: float,
+        still: float,
         interrupted: Callable[[], None],
     ) -> None:
-        self._command, self._log, self._watch, self._limit = command, log, watch, limit
+        self._command, self._log, self._watch = command, log, watch
+        self._limit, self._still = limit, still
         self._interrupted, self._links = interrupted, links
         self._left = list(faults)
         self._done = Performance()
         self._first_step = math.inf
+        self._furthest, self._moved = -1, math.inf
         self._process: subprocess.Popen[bytes] | None = None
 
     def play(self) -> Performance:
         """Start the command and see it to its end."""
-        begin = time.monotonic()
+        begin = self._moved = time.monotonic()
         process = self._start()
         try:
             while True:
@@ -123,7 +129,8 @@ class Player:
                 else:
                     self._done.code = code
                     break
-                if time.monotonic() - begin > self._limit:
+                now = time.monotonic()
+                if now - begin > self._limit or now - self._moved > self._still:
                     self._done.late = True
                     break
                 self._interrupted()
@@ -134,7 +141,7 @@ class Player:
         done = self._done
         done.seconds = time.monotonic() - begin
         done.steps_again, done.starts = self._watch.steps_again(), len(self._watch.starts)
-        done.total_steps = self._watch.total_steps
+        done.steps, done.total_steps = self._watch.furthest, self._watch.total_steps
         return done
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -205,6 +212,8 @@ class Player:
         """Find out which faults the run has got over."""
         watch = self._watch
         now = time.monotonic()
+        if watch.furthest > self._furthest:
+            self._furthest, self._moved = watch.furthest, now
         if watch.furthest >= 0:
             self._first_step = min(self._first_step, now)
         for played in self._done.played:

@@ -1,8 +1,9 @@
-"""A Ray cluster on this machine for many launches, with a fork server that stays warm between them."""
+"""What many launches are tried on: a Ray cluster on this machine, with a fork server that stays warm between them."""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
@@ -10,35 +11,57 @@ from typing import Any, Self
 from ...core.job import Job
 from .. import untyped
 from ..cluster import Cluster, session_folder
-from ..demand import demand_here
+from ..demand import Demand, demand_here
 from ..host import ForkServer, server_name
 from ..machine import rank_environment
 
 _ROOM = 2  # times what a run takes: the one before may not have given back all yet
 
 
-class Stand:
-    """Enter it to have the cluster; leave it and everything is gone.
+class Stand(ABC):
+    """A Ray cluster for launches. Enter it to have the cluster; leave it and everything is gone.
 
     Attributes:
+        demand: what each launch asks for.
         address: of the cluster, for ``--address``.
-        world: number of ranks that the job has here.
         placement: how nodes are to be placed.
         prefix: what to put before a launch.
         options: more of its options.
     """
 
-    placement: str = "pack"
+    placement: str
+    address: str = ""
     prefix: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
 
+    def __init__(self, demand: Demand) -> None:
+        self.demand = demand
+
+    @abstractmethod
+    def __enter__(self) -> Self: ...
+
+    @abstractmethod
+    def __exit__(self, *_: object) -> None: ...
+
+    @abstractmethod
+    def ready(self) -> None:
+        """Make it as good as new for the next launch.
+
+        Raises:
+            ClusterError: that cannot be done.
+        """
+
+
+class OneMachine(Stand):
+    """This machine alone, with all nodes on it."""
+
+    placement = "pack"
+
     def __init__(self, job: Job, interrupted: Callable[[], None]) -> None:
-        self._demand = demand_here(job.resources)
+        super().__init__(demand_here(job.resources, job.recovery.spares))
         self._timeout = job.recovery.start_timeout
         self._cluster = Cluster(None, self._timeout, interrupted)
         self._server: ForkServer | None = None
-        self.address = ""
-        self.world = self._demand.world
 
     def __enter__(self) -> Self:
         self._cluster.check_process()
@@ -58,7 +81,7 @@ class Stand:
                 self._server.close()
 
     def ready(self) -> None:
-        """Make it ready for the next launch; nothing that is played here leaves it otherwise."""
+        """Nothing that is played here leaves it otherwise."""
 
     def _start(self) -> None:
         """Start Ray, and hold a lease on the fork server that its nodes' agents will ask for.
@@ -68,7 +91,7 @@ class Stand:
             HostError: the fork server did not.
         """
         cluster = self._cluster
-        cluster.connect(replace(self._demand, cpus=self._demand.cpus * _ROOM))
+        cluster.connect(replace(self.demand, cpus=self.demand.cpus * _ROOM))
         ray = untyped.ray()
         self.address = ray.get_runtime_context().gcs_address
         asked = ray.remote(_environment).options(num_cpus=0).remote()
