@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
@@ -12,13 +14,14 @@ from textwrap import dedent
 import pytest
 from command import dltrain
 from dltrain.core.errors import JobError
+from dltrain.core.processes import Process
 from dltrain.launcher.chaos.faults import KINDS, Fault, check_faults, parse_faults
 from dltrain.launcher.chaos.machines import why_not
 from dltrain.launcher.chaos.schedules import random_schedule
 from dltrain.launcher.chaos.verdict import Trace, differences
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import Sandbox
+from launching import Sandbox, wait_for
 
 # the language
 
@@ -244,6 +247,34 @@ def test_a_fault_that_comes_too_late_is_no_success(sandbox: Sandbox) -> None:
     manifests = Path(schedule["folder"]).glob("runs/*/0001/checkpoints/step-*/manifest.json")
     assert {json.loads(path.read_text())["world"] for path in manifests} == {answer["ranks"]}
     shutil.rmtree(next(sandbox.temporary.glob("dltrain-chaos-*")))
+
+
+MAKER = """
+    import subprocess, time
+    from dltrain.launcher.chaos.machines import machines
+
+    with machines(1) as (machine,):
+        restless = "while sh -c :; do :; done"
+        process = subprocess.Popen([*machine.prefix, "setsid", "sh", "-c", f"({restless}) & ({restless}) & {restless}"])
+        while len(machine.processes()) < 4:
+            time.sleep(0.01)
+        machine.cut()
+        print(machine.pid, process.pid, flush=True)
+        time.sleep(1000)
+"""
+
+
+def test_machines_end_with_what_runs_on_them_when_their_maker_is_killed() -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    with subprocess.Popen([sys.executable, "-c", dedent(MAKER)], stdout=subprocess.PIPE, text=True) as maker:
+        assert maker.stdout is not None
+        left = {pid: Process.of(int(pid)) for pid in maker.stdout.readline().split()}
+        assert all(process is not None and process.alive for process in left.values())
+        maker.kill()
+    wait_for(
+        lambda: not any(process and process.alive for process in left.values()), what="its machine to end", timeout=10
+    )
 
 
 @pytest.mark.campaign

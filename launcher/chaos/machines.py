@@ -26,6 +26,7 @@ _UP = "up\n"
 # A machine's first process: when its standard input ends, since whoever made the machine is gone, all others end.
 _FIRST = """
 hostname "$0" && echo up && read -r _
+exec > /dev/null 2>&1  # nobody reads what is said now
 left=yes
 while [ "$left" ]; do
     left=
