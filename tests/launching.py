@@ -66,7 +66,7 @@ class Sandbox:
         }
 
     def run(
-        self, *args: str, timeout: float = 120, command: str = "dltrain", **environ: str
+        self, *args: str, timeout: float = 240, command: str = "dltrain", **environ: str
     ) -> subprocess.CompletedProcess[str]:
         """Run ``dltrain`` (or another console script) to its end."""
         with self.start(*args, command=command, **environ) as process:

@@ -58,7 +58,7 @@ def test_the_programs_own_ray_is_used_if_asked_for_and_left_as_it_was(sandbox: S
         except dltrain.JobError as error:
             print(error.problems[0].hint)
         result = dltrain.launch(QUICK, options=dltrain.Options(address="auto", quiet=True))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 100
         while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
             time.sleep(0.1)
         print(result.status, ray.available_resources()["CPU"], ray.get(ray.remote(lambda: 7).remote()))
