@@ -54,7 +54,7 @@ class LaunchRequest:
         resume: ``"auto"`` goes on with the unfinished run, ``"never"`` starts afresh; or a run or checkpoint folder.
         init_from: run or checkpoint folder, or its URL, to take the first weights from; empty for none.
         keep_warm: seconds that fork servers stay for the next launch.
-        max_restarts: restarts of the ranks after a failure.
+        max_restarts: restarts of the ranks after a failure; "auto" is after what came from outside.
         start_method: ``"fork"`` from the warm server, or ``"spawn"`` for a fresh interpreter.
         log_dir: folder for the ranks' logs instead of the run directory's.
         redirects: streams that go to log files only: 1 stdout, 2 stderr, 3 both; for all ranks, or by local rank.
@@ -86,7 +86,7 @@ class LaunchRequest:
     resume: str = "auto"
     init_from: str = ""
     keep_warm: float = 0.0
-    max_restarts: int | None = None
+    max_restarts: int | Literal["auto"] | None = None
     start_method: Literal["fork", "spawn"] | None = None
     log_dir: Path | None = None
     redirects: Streams | None = None

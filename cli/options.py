@@ -137,7 +137,11 @@ def launch(
     max_restarts: Annotated[
         Text,
         _option(
-            _RUN, "--max-restarts", metavar="N", help="Start the ranks again up to N times after a failure (default 0)."
+            _RUN,
+            "--max-restarts",
+            metavar="N|auto",
+            help="Start the ranks again up to N times after a failure. auto, the default: after what came from outside "
+            "as often as it takes, after what the program did never; for a script it is 0.",
         ),
     ] = None,
     start_method: Annotated[

@@ -117,8 +117,8 @@ def _count(text: str, *, least: int = 1, also: str = "") -> int:
     return number
 
 
-def _restarts(text: str) -> int:
-    return _count(text, least=0)
+def _restarts(text: str) -> int | str:
+    return text if text == "auto" else _count(text, least=0, also=" or 'auto'")
 
 
 def _port(text: str) -> int:

@@ -11,15 +11,18 @@ from .spec import Duration, Spec, parse_duration
 
 
 class RecoverySpec(Spec):
-    max_restarts: int = Field(default=0, ge=0)
-    """How often the ranks are started again after a failure (from the newest snapshot)."""
+    max_restarts: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """How often the ranks are started again after a failure (from the newest snapshot). 'auto': after what came from
+    outside (a killed or stopped rank, a lost node, a notice to end) as often as it takes, while the run gets on; after
+    what the program did, never. For scripts 'auto' is 0: only they know whether they can go on."""
     snapshot: Annotated[int, Field(ge=1)] | Literal["auto", "never"] = "auto"
     """Steps from one snapshot in the memory of the ranks' nodes to the next: ranks that are started again go on from
     there. 'auto' takes them as often as that costs a hundredth of the step time; with 'never' the newest checkpoint is
     all there is. Scripts have none."""
     copies: bool = True
     """Each node's snapshots are copied to another node too, one after the other, in the background, so that a lost node
-    is no reason to go back to the newest checkpoint. Only where a run on several nodes may be started again."""
+    is no reason to go back to the newest checkpoint. Only where a run on several nodes may be started again; with
+    max_restarts 'auto', and neither spares nor a range of nodes, only where these are several machines."""
     start_timeout: Duration = 120.0
     """Longest wait for the cluster, the node agents and the fork servers, each."""
     stop_grace: Duration = 30.0
@@ -67,10 +70,17 @@ class RecoverySpec(Spec):
         """Whether the run is made for losing nodes, so that it does not count as a failure."""
         return self.spares > 0 or self.nodes is not None
 
-    def copies_among(self, nodes: int) -> bool:
-        """Whether snapshots are copied to another of ``nodes`` nodes."""
-        goes_on = self.replaces or self.max_restarts > 0
+    def copies_among(self, nodes: int, *, machines: int) -> bool:
+        """Whether snapshots are copied to another of ``nodes`` nodes, which lie on so many machines.
+
+        Nodes of one machine are not lost to anything but tests and ``kill``: nobody pays for copies there unasked.
+        """
+        goes_on = self.replaces or (machines > 1 if self.max_restarts == "auto" else self.max_restarts > 0)
         return self.copies and goes_on and nodes > 1 and self.snapshot != "never"
+
+    def for_script(self) -> RecoverySpec:
+        """The same for a program that may have nothing to go on from: it is not started again unasked."""
+        return self.model_copy(update={"max_restarts": 0}) if self.max_restarts == "auto" else self
 
     @field_validator("stall", mode="before")
     @classmethod

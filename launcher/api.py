@@ -40,6 +40,8 @@ from .session import Options, Session
 from .view import OutputRules, View, make_view
 from .vitals import Vitals
 
+_AS_OFTEN_AS_IT_TAKES = 2**31 - 1  # who reads it as a number gets one
+
 
 def launch(
     job: Job | Mapping[str, Any] | None = None, *, options: Options | None = None, began: float | None = None
@@ -115,7 +117,7 @@ def launch_script(
     Args:
         target: the program and its arguments.
         resources: nodes and ranks.
-        recovery: restarts and deadlines.
+        recovery: restarts, of which "auto" means none here, and deadlines.
         tracking: where the rows of ``dltrain.context().log`` go.
         options: how to launch.
         rules: which output is shown.
@@ -130,6 +132,7 @@ def launch_script(
     check_parent(runs)
     view = make_view(script=True, rules=rules, quiet=options.quiet)
     goodput = Goodput(time.time())
+    recovery = recovery.for_script()
     name = script_name(target)
     _refuse(list(check_nodes(resources.nodes, recovery)))
     demand = demand_here(resources, recovery.spares) if options.address is None else None
@@ -151,7 +154,7 @@ def launch_script(
                 run_id=run_id or run.record.id,
                 role=role,
                 fresh=options.fresh or target.kind == "program",
-                max_restarts=recovery.max_restarts,
+                max_restarts=_number(recovery),
                 cpus_per_rank=resources.cpus_per_rank,
             )
             work = Work(
@@ -250,7 +253,7 @@ def _work(
         cwd=str(Path.cwd()),
         run_id=run.record.id,
         fresh=options.fresh,
-        max_restarts=job.recovery.max_restarts,
+        max_restarts=_number(job.recovery),
         cpus_per_rank=job.resources.cpus_per_rank,
         remedies=tuple(remedies(job)),
     )
@@ -270,6 +273,11 @@ def _work(
         fence=lease.fence,
         after=lambda: _export(job, urls[0], run),
     )
+
+
+def _number(recovery: RecoverySpec) -> int:
+    """The restarts that are allowed, as torchrun's environment tells them."""
+    return _AS_OFTEN_AS_IT_TAKES if recovery.max_restarts == "auto" else recovery.max_restarts
 
 
 def _export(job: Job, url: str, run: RunDir) -> None:

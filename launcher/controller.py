@@ -22,7 +22,7 @@ from .intake import Intake
 from .interrupt import StopRequests
 from .messages import AgentReport, NodeInfo
 from .metrics import Metrics
-from .policy import Decision, History, Status, decide
+from .policy import Decision, History, Status, decide, patience
 from .recall import Origin, Recall
 from .roster import Roster
 from .rundir import RunDir
@@ -33,8 +33,6 @@ from .view import View
 
 _POLL = 0.5
 _TURN = 0.02  # seconds that news are waited for where a decision is near
-_WITNESS_TIME = 0.3  # seconds to hear of other failures after the first, so that the report names the true first
-_KNOWN_CAUSE = 0.1  # the same when one was killed: what the others say is a consequence
 _SILENCE = 30.0
 _GLANCE = 1.0  # most seconds that count between two looks: when this process was stopped, agents were not silent
 _DRAIN = 10.0
@@ -42,7 +40,7 @@ _LAST_SAVE = 0.1  # seconds that a checkpoint may still take where a newer snaps
 _ASK = 10.0
 _PATIENCE = 3.0  # seconds that are waited without a word
 _LOOK = 2.0
-_FRUITFUL = 60.0  # seconds that a generation without steps of ours lives, if it is not lost at its start
+_FRUITFUL = 60.0  # seconds that a start of a script, which has no steps of ours, lives if it gets anywhere
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,11 @@ class Controller:
     def run(self) -> Ending:
         """Start generations until the policy says that it is over."""
         history = History(self._recovery.max_restarts, replaces=self._recovery.replaces)
-        number, restarts = self._run.record.generations, 0
+        number, restarts, reached = self._run.record.generations, 0, self._metrics.last_step
         origin = Origin()
         while True:
             self._run.update(generations=number + 1)
-            generation = self._start(number, origin, restart=restarts)
+            generation = self._start(number, origin, restart=restarts, reached=reached)
             nodes = self._cluster.nodes
             decision = self._watch(generation, history)
             origin = self._end(generation, decision)
@@ -131,8 +129,8 @@ class Controller:
                 refused, costs = tuple(generation.refused), tuple(reports.costs)
                 return Ending(decision, said, reports.newest, restarts, refused, costs)
             restarts += decision.action == "restart"
-            fruitful = self._metrics.last_step > generation.step or time.monotonic() - generation.since > _FRUITFUL
-            history = history.after(decision, lost=bool(generation.lost), fruitful=fruitful)
+            history = history.after(decision, lost=bool(generation.lost), fruitful=self._fruitful(generation))
+            reached = generation.reached(self._metrics.last_step)
             self._goodput.restart()
             if generation.lost:
                 self._fence(number)  # what runs on a lost node may only be out of reach
@@ -143,23 +141,23 @@ class Controller:
         if changed:
             self._show_nodes(self._cluster.nodes)
         again = "starting all ranks again"
-        if decision.counts:
+        if decision.counts and history.max_restarts != "auto":
             again += f" ({len(history.culprits)} of {history.max_restarts})"
         report = self._intake.reports.where if decision.action == "restart" else ""
         self._view.note("; ".join(filter(None, [decision.reason, changed, f"{again}{origin}", report])))
 
     # ---- starting
 
-    def _start(self, number: int, origin: Origin, *, restart: int) -> Generation:
+    def _start(self, number: int, origin: Origin, *, restart: int, reached: int) -> Generation:
         cluster, nodes = self._cluster, self._cluster.nodes
-        world, step = len(nodes) * self._nproc, self._metrics.last_step
-        generation = Generation(number, world, self._nproc, step=step, point=origin.point, memory=origin.memory)
+        world = len(nodes) * self._nproc
+        generation = Generation(number, world, self._nproc, step=reached, point=origin.point, memory=origin.memory)
         limit = self._recovery.stall if self._program.kind == "worker" else "never"
         watched = StallWatch(limit, self._recovery.stall_at_start, before=self._intake.watched)
         self._intake.begin(generation.world, watched)
         self._view.phase("starting ranks")
-        embedded = len({node.ray_node for node in nodes}) == 1
-        address = self._master_addr or ("127.0.0.1" if embedded else nodes[0].address)
+        machines = len({node.ray_node for node in nodes})
+        address = self._master_addr or ("127.0.0.1" if machines == 1 else nodes[0].address)
         timeout = self._recovery.start_timeout
         store = cluster.agents[0].open_store.remote(address, self._master_port, timeout)
         where = f"{address}:{self._master_port or 'a free port'}"
@@ -167,7 +165,7 @@ class Controller:
         if not ports:
             generation.closed = set(range(generation.world))  # none was started
             return generation
-        copies = self._program.kind == "worker" and self._recovery.copies_among(len(nodes))
+        copies = self._program.kind == "worker" and self._recovery.copies_among(len(nodes), machines=machines)
         plans = plan_generation(
             self._program,
             nodes,
@@ -211,9 +209,7 @@ class Controller:
             if decision.action in ("finish", "refuse"):
                 return decision
             trouble_since = trouble_since or time.monotonic()
-            cause_known = decision.culprit is not None and decision.culprit.abrupt
-            patience = _KNOWN_CAUSE if cause_known else _WITNESS_TIME
-            if time.monotonic() - trouble_since >= patience or not generation.alive():
+            if time.monotonic() - trouble_since >= patience(decision.culprit) or not generation.alive():
                 return decision
 
     def _settle(self) -> None:
@@ -223,18 +219,17 @@ class Controller:
             self._intake.settling = None
 
     def _status(self, generation: Generation) -> Status:
-        return Status(
-            world=generation.world,
-            ended=len(generation.ended),
-            failures=tuple(casualty.failure for casualty in generation.casualties.values()),
-            lost_nodes={node: what.splitlines()[0].rstrip(":") for node, what in generation.lost.items()},
+        return generation.status(
             broken=self._cluster.broken(),
             complete=self._intake.last_words.get("status") == "finished",
             stop_asked=self._stop.count > 0,
-            preempted=generation.preempted,
-            stall=generation.standstill.stall if generation.standstill else None,
-            regroup=generation.regrouping,
+            fruitful=self._fruitful(generation),
         )
+
+    def _fruitful(self, generation: Generation) -> bool:
+        """Whether it has got anywhere."""
+        long = self._program.kind == "script" and time.monotonic() - generation.since > _FRUITFUL
+        return long or generation.reached(self._metrics.last_step) > generation.step
 
     def _look_for_stall(self, generation: Generation) -> None:
         """Where no rank gets any further, say who is to blame, and find out before anything is ended."""
@@ -258,7 +253,7 @@ class Controller:
 
     def _look_for_nodes(self, generation: Generation, history: History) -> None:
         """Where lost nodes are replaced, look after those that wait; where the run could have more, have ranks save."""
-        if not history.replaces and not history.max_restarts:
+        if not history.goes_on:
             return
         self._roster.tick()
         steady = not (generation.casualties or generation.lost or self._stop.count or generation.regrouping)

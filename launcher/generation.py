@@ -14,6 +14,7 @@ from ..core.errors import Problem
 from .failure import Casualty
 from .machine import share_cores
 from .messages import ChildKind, ChildSpec, NodeInfo, Point, RankPlan
+from .policy import Status
 from .stall import Standstill
 
 #: Names of the variables by which gloo and NCCL choose a network interface.
@@ -40,7 +41,7 @@ class Generation:
     lost_at: float = 0.0
     """Unix time in seconds at which the first lost node was noticed."""
     step: int = -1
-    """The newest step in the metrics as it was started."""
+    """The newest step that earlier ones had got to as it was started."""
     since: float = field(default_factory=time.monotonic)
     regrouping: bool = False
     """Its ranks were asked to save and end, to go on with more nodes."""
@@ -58,6 +59,27 @@ class Generation:
     def present(self) -> set[int]:
         """Ranks that may still say something: not closed, and not on a lost node."""
         return {r for r in range(self.world) if r not in self.closed and r // self.nproc not in self.lost}
+
+    def reached(self, last_step: int) -> int:
+        """The newest step that it or an earlier one has got to: in the metrics, or where its ranks ended or stood."""
+        stood = [place.step for place in self.standstill.places] if self.standstill else []
+        return max(self.step, last_step, *stood, *(casualty.failure.step for casualty in self.casualties.values()))
+
+    def status(self, *, broken: str, complete: bool, stop_asked: bool, fruitful: bool) -> Status:
+        """What the policy is to know of it, and of what only the caller knows."""
+        return Status(
+            world=self.world,
+            ended=len(self.ended),
+            failures=tuple(casualty.failure for casualty in self.casualties.values()),
+            lost_nodes={node: what.splitlines()[0].rstrip(":") for node, what in self.lost.items()},
+            broken=broken,
+            complete=complete,
+            stop_asked=stop_asked,
+            preempted=self.preempted,
+            stall=self.standstill.stall if self.standstill else None,
+            regroup=self.regrouping,
+            fruitful=fruitful,
+        )
 
     def lose(self, lost: Mapping[int, str]) -> None:
         """Note that nodes are lost, and why; what was known of one before stays."""

@@ -10,7 +10,13 @@ from typing import Literal
 
 _ADDRESS = re.compile(r"\b0x[0-9a-f]+\b")  # of an object, as in its repr
 _FRUITLESS = 3
-_TOO_OFTEN = f"that happened {_FRUITLESS} times without a step in between"
+_TOO_OFTEN = f"that happened {_FRUITLESS} times without a new step in between"
+_AS_BEFORE = "the same as before, so another try would end alike"
+_CRASHES = frozenset({"SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSYS", "SIGTRAP"})  # a process its own
+
+_WITNESS_TIME = 0.3  # seconds to hear of other failures after the first, so that the report names the true first
+_KNOWN_CAUSE = 0.1  # the same when one was killed: what the others say is a consequence
+_UNKNOWN_CAUSE = 4.0  # the same when a connection broke, and who broke it is not known: a lost machine is after three
 
 Action = Literal["wait", "finish", "stopped", "restart", "regroup", "refuse", "fail"]
 
@@ -25,7 +31,7 @@ class RankFailure:
         what: the exception's text.
         step: optimizer step it was in; -1 before the first.
         phase: what it was doing.
-        witness: it only tells of what went wrong on another rank.
+        witness: it only tells of what went wrong on another rank, or between the two.
         abrupt: it was gone without a word, by a signal or by leaving early, so others may have failed because of it; or
             it was stopped from outside.
         starved: it ran out of memory.
@@ -45,6 +51,16 @@ class RankFailure:
     starved: bool = False
     final: bool = False
     refused: bool = False
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether it is nothing that the program did, as far as can be told: it was killed or stopped, or cut off.
+
+        A crash counts as such too: a machine may be the cause of one.
+        """
+        if self.starved or self.final or self.refused:
+            return False
+        return self.witness or (self.abrupt and (self.error == "stall" or self.error in signal.Signals.__members__))
 
     @property
     def order(self) -> tuple[bool, bool, float]:
@@ -82,6 +98,7 @@ class Status:
         preempted: ranks that somebody else sent a signal to end, with its name.
         stall: what keeps all ranks from going on, though none has failed.
         regroup: ranks were asked to save and end, as there are nodes for more of them.
+        fruitful: the generation has got beyond the newest step that any earlier one has got to.
     """
 
     world: int
@@ -94,6 +111,7 @@ class Status:
     preempted: Mapping[int, str] = field(default_factory=dict[int, str])
     stall: Stall | None = None
     regroup: bool = False
+    fruitful: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,25 +119,35 @@ class History:
     """Earlier generations of this run.
 
     Attributes:
-        max_restarts: how many failures may be followed by another start.
+        max_restarts: how many failures may be followed by another start; "auto" is as many as come from outside.
         culprits: the first failure of each generation that counted.
         replaces: the run has spare nodes, or may go on with fewer: losing one is no failure that counts.
-        fruitless: how many of the last generations ended before they had done a step, by what is no failure that
-            counts: they lost a node, or were told to end.
+        fruitless: how many of the last generations were ended one after the other, with no new step in between, by what
+            has no number of its own: they lost a node, were told to end, or ended by what "auto" goes on after.
     """
 
-    max_restarts: int
+    max_restarts: int | Literal["auto"]
     culprits: tuple[RankFailure | None, ...] = ()
     replaces: bool = False
     fruitless: int = 0
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there are ends after which ranks are started again."""
+        return self.replaces or self.max_restarts != 0
+
+    def times(self, *, fruitful: bool) -> int:
+        """:attr:`fruitless` with one more generation: whether that got anywhere."""
+        return 1 if fruitful else self.fruitless + 1
+
     def after(self, decision: Decision, *, lost: bool, fruitful: bool) -> History:
         """What it is after a generation that ``decision`` ended: whether it lost nodes, and whether it got anywhere."""
-        again = lost or (decision.action == "restart" and not decision.counts)
+        unnumbered = not decision.counts or self.max_restarts == "auto"
+        again = lost or (decision.action == "restart" and unnumbered)
         return replace(
             self,
             culprits=(*self.culprits, decision.culprit) if decision.counts else self.culprits,
-            fruitless=self.fruitless + 1 if again and not fruitful else 0,
+            fruitless=self.times(fruitful=fruitful) if again else 0,
         )
 
 
@@ -166,16 +194,37 @@ def decide(status: Status, history: History) -> Decision:
     if culprit is not None and culprit.rank in status.preempted and not status.lost_nodes:
         return _preempted(status, history, culprit)
     if status.lost_nodes and culprit is None and history.replaces:
-        if history.fruitless >= _FRUITLESS:
+        if history.times(fruitful=status.fruitful) >= _FRUITLESS:
             return Decision("fail", f"{reason}; {_TOO_OFTEN}")
         return Decision("restart", reason, counts=False)
+    if history.max_restarts == "auto":
+        return _by_cause(status, history, reason, culprit)
     if len(history.culprits) >= history.max_restarts:
         return Decision("fail", reason, culprit)
     if culprit is not None and culprit.final:
         return Decision("fail", reason, culprit)
     if culprit is not None and any(_same_bug(culprit, earlier) for earlier in history.culprits):
-        return Decision("fail", f"{reason}; the same as before, so another try would end alike", culprit)
+        return Decision("fail", f"{reason}; {_AS_BEFORE}", culprit)
     return Decision("restart", reason, culprit)
+
+
+def _by_cause(status: Status, history: History, reason: str, culprit: RankFailure | None) -> Decision:
+    """What came from outside is gone on after, as long as the run gets on; what the program did ends it."""
+    outside = culprit.from_outside if culprit is not None else bool(status.lost_nodes)
+    if not outside:
+        return Decision("fail", reason, culprit)
+    if culprit is not None and any(_same_crash(culprit, earlier) for earlier in history.culprits):
+        return Decision("fail", f"{reason}; {_AS_BEFORE}", culprit)
+    if history.times(fruitful=status.fruitful) >= _FRUITLESS:
+        return Decision("fail", f"{reason}; {_TOO_OFTEN}", culprit)
+    return Decision("restart", reason, culprit)
+
+
+def patience(culprit: RankFailure | None) -> float:
+    """Seconds to hear of other failures after the first one, where this is the first of those known."""
+    if culprit is not None and culprit.witness and not culprit.final:
+        return _UNKNOWN_CAUSE
+    return _KNOWN_CAUSE if culprit is not None and culprit.abrupt else _WITNESS_TIME
 
 
 def _preempted(status: Status, history: History, culprit: RankFailure | None = None) -> Decision:
@@ -185,9 +234,9 @@ def _preempted(status: Status, history: History, culprit: RankFailure | None = N
     reason = f"rank {rank}{others} was sent {name}"
     if culprit is not None:
         reason += f", and rank {culprit.rank} was gone before a checkpoint was saved ({culprit.error})"
-    if not history.max_restarts and not history.replaces:
+    if not history.goes_on:
         return Decision("stopped", reason, culprit, signum=signal.Signals[name])
-    if history.fruitless >= _FRUITLESS:
+    if history.times(fruitful=status.fruitful) >= _FRUITLESS:
         return Decision("fail", f"{reason}; {_TOO_OFTEN}", culprit)
     return Decision("restart", reason, culprit, counts=False)
 
@@ -224,4 +273,13 @@ def _same_bug(failure: RankFailure, earlier: RankFailure | None) -> bool:
         and failure.step >= 0
         and (failure.error, failure.step) == (earlier.error, earlier.step)
         and _ADDRESS.sub("", failure.what) == _ADDRESS.sub("", earlier.what)
+    )
+
+
+def _same_crash(failure: RankFailure, earlier: RankFailure | None) -> bool:
+    """A signal that a process brings upon itself, twice at the same step or twice before the first, is a bug too."""
+    return (
+        earlier is not None
+        and failure.error in _CRASHES
+        and (failure.error, failure.step) == (earlier.error, earlier.step)
     )

@@ -200,6 +200,7 @@ def test_lines_that_cannot_be_split(line: str, says: str) -> None:
         ("--address ray://head:10001 --placement spread", {"address": "ray://head:10001", "placement": "spread"}),
         ("--address auto --keep-warm 10min", {"address": "auto", "keep_warm": 600.0}),
         ("--address auto --keep-warm 90", {"address": "auto", "keep_warm": 90.0}),
+        ("--max-restarts auto", {"max_restarts": "auto"}),
         ("--max-restarts 3 --start-method spawn", {"max_restarts": 3, "start_method": "spawn"}),
         ("--run-dir out --log-dir logs", {"run_dir": Path("out"), "log_dir": Path("logs")}),
         ("-r 3 -t 0:1,2:3", {"redirects": 3, "tee": {0: 1, 2: 3}}),

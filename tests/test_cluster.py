@@ -171,7 +171,7 @@ def test_nodes_on_several_machines(sandbox: Sandbox, lan: Lan) -> None:
 @pytest.mark.slow
 def test_a_machine_that_vanishes_ends_the_run_by_name(sandbox: Sandbox, lan: Lan) -> None:
     command = ("launch", "--address", lan.ray.address, "--nodes", "3", *JOB, "train.steps=1000000")
-    with sandbox.start(*command, "train.global_batch=48", **lan.ray.environ) as process:
+    with sandbox.start(*command, "--max-restarts", "0", "train.global_batch=48", **lan.ray.environ) as process:
         metrics = sandbox.folder / "runs/digits/0001/metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.stat().st_size > 1000, what="training to begin")
         lan.machines[2].pull_the_cable()

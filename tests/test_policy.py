@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from dltrain.launcher.policy import Decision, History, RankFailure, Stall, Status, decide
+from dltrain.launcher.policy import Decision, History, RankFailure, Stall, Status, decide, patience
 
 RAISED = RankFailure(rank=1, node=0, at=10.0, error="ValueError", what="no", step=7, phase="forward")
 KILLED = RankFailure(rank=2, node=1, at=11.0, error="SIGKILL", abrupt=True)
@@ -27,6 +27,10 @@ def status(**changes: object) -> Status:
 
 def history(restarts: int = 0, *culprits: RankFailure | None) -> History:
     return History(restarts, culprits)
+
+
+def auto(*culprits: RankFailure | None, fruitless: int = 0) -> History:
+    return History("auto", culprits, fruitless=fruitless)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +66,9 @@ def history(restarts: int = 0, *culprits: RankFailure | None) -> History:
         (status(ended=4, preempted=TOLD), history(), "stopped", "rank 1 was sent SIGTERM", None),
         (status(ended=4, preempted=TOLD, complete=True), history(), "finish", "", None),
         (status(ended=4, preempted=TOLD, stop_asked=True), history(2), "stopped", "", None),
-        (status(ended=4, preempted=TOLD), History(1, fruitless=2), "restart", "rank 1 was sent SIGTERM", None),
-        (status(ended=4, preempted=TOLD), History(1, fruitless=3), "fail", "3 times without a step", None),
+        (status(ended=4, preempted=TOLD), History(1, fruitless=1), "restart", "rank 1 was sent SIGTERM", None),
+        (status(ended=4, preempted=TOLD), History(1, fruitless=2), "fail", "3 times without a new step", None),
+        (status(ended=4, preempted=TOLD, fruitful=True), History(1, fruitless=2), "restart", "sent SIGTERM", None),
         (status(preempted=TOLD, failures=(GONE,)), history(1, RAISED), "restart", "rank 1 was gone before", GONE),
         (status(preempted=TOLD, failures=(KILLED,)), history(1, RAISED), "fail", "rank 2 on node 1 failed", KILLED),
         # cause and consequence
@@ -114,8 +119,8 @@ def history(restarts: int = 0, *culprits: RankFailure | None) -> History:
         (status(lost_nodes=LOST), history(3), "restart", "node 1 was lost: its agent died", None),
         (status(lost_nodes=LOST), history(1, None), "fail", "node 1 was lost: its agent died", None),
         (status(lost_nodes=LOST), replace(history(), replaces=True), "restart", "node 1 was lost", None),
-        (status(lost_nodes=LOST), History(0, replaces=True, fruitless=2), "restart", "node 1 was lost", None),
-        (status(lost_nodes=LOST), History(0, replaces=True, fruitless=3), "fail", "3 times without a step", None),
+        (status(lost_nodes=LOST), History(0, replaces=True, fruitless=1), "restart", "node 1 was lost", None),
+        (status(lost_nodes=LOST), History(0, replaces=True, fruitless=2), "fail", "3 times without a new step", None),
         (status(lost_nodes=LOST, failures=(RAISED,)), History(0, replaces=True), "restart", "node 1 was lost", None),
         (
             status(lost_nodes=LOST, failures=(replace(KILLED, node=0),)),
@@ -145,11 +150,80 @@ def test_decisions(seen: Status, before: History, action: str, reason: str, culp
     assert bool(reason) == bool(decision.reason)
 
 
+CRASHED = replace(KILLED, error="SIGSEGV", step=7)
+LEFT = replace(KILLED, error="exit code 3", step=7)
+CUT_OFF = replace(RAISED, rank=0, error="RuntimeError", what="Connection closed by peer", witness=True)
+OTHERS = (KILLED, replace(RAISED, rank=3), None)
+
+
+@pytest.mark.parametrize(
+    ("seen", "before", "action", "reason", "culprit"),
+    [
+        # from outside: as often as it takes
+        (status(failures=(KILLED,)), auto(), "restart", "rank 2 on node 1 failed with SIGKILL", KILLED),
+        (status(failures=(KILLED, RAISED)), auto(), "restart", "rank 2 on node 1 failed with SIGKILL", KILLED),
+        (status(failures=(KILLED,)), auto(*[KILLED] * 50), "restart", "SIGKILL", KILLED),
+        (status(failures=(CRASHED,)), auto(), "restart", "SIGSEGV", CRASHED),
+        (status(failures=(CRASHED,)), auto(replace(CRASHED, step=6)), "restart", "SIGSEGV", CRASHED),
+        (status(failures=(CUT_OFF,)), auto(), "restart", "rank 0 on node 0 failed with RuntimeError", CUT_OFF),
+        (status(lost_nodes=LOST), auto(*OTHERS), "restart", "node 1 was lost: its agent died", None),
+        (status(stall=replace(STALL, culprits=(STOPPED,))), auto(STOPPED), "restart", "is stopped", STOPPED),
+        (status(ended=4, preempted=TOLD), auto(), "restart", "rank 1 was sent SIGTERM", None),
+        (status(preempted=TOLD, failures=(GONE,)), auto(), "restart", "rank 1 was gone before", GONE),
+        # while the run gets on
+        (status(failures=(KILLED,)), auto(fruitless=1), "restart", "SIGKILL", KILLED),
+        (status(failures=(KILLED,)), auto(fruitless=2), "fail", "that happened 3 times without a new step", KILLED),
+        (status(failures=(KILLED,), fruitful=True), auto(fruitless=2), "restart", "SIGKILL", KILLED),
+        (status(lost_nodes=LOST), auto(fruitless=2), "fail", "that happened 3 times without a new step", None),
+        (status(ended=4, preempted=TOLD), auto(fruitless=2), "fail", "3 times without a new step", None),
+        # a crash that comes again is no accident
+        (status(failures=(CRASHED,), fruitful=True), auto(CRASHED, KILLED), "fail", "would end alike", CRASHED),
+        (status(failures=(replace(CRASHED, step=-1),)), auto(replace(CRASHED, step=-1)), "fail", "alike", ...),
+        # the program's doing: at once
+        (status(failures=(RAISED,)), auto(), "fail", "rank 1 on node 0 failed with ValueError", RAISED),
+        (status(failures=(CUT_OFF, RAISED)), auto(), "fail", "rank 1 on node 0 failed with ValueError", RAISED),
+        (status(failures=(STARVED,)), auto(), "fail", "SIGKILL", STARVED),
+        (status(failures=(replace(RAISED, starved=True),)), auto(), "fail", "ValueError", ...),
+        (status(failures=(LEFT,)), auto(), "fail", "exit code 3", LEFT),
+        (status(failures=(FINAL,)), auto(), "fail", "ValueError", FINAL),
+        (status(failures=(replace(FINAL, witness=True),)), auto(), "fail", "ValueError", ...),
+        (status(failures=(REFUSED,)), auto(), "refuse", "train longer", REFUSED),
+        (status(stall=STALL), auto(), "fail", "made no progress for 12 s, in data at step 7", STUCK),
+        (status(stall=replace(STALL, culprits=())), auto(), "fail", "all wait for each other", None),
+        # the user's doing, and the cluster's
+        (status(failures=(KILLED,), stop_asked=True), auto(), "stopped", "SIGKILL, while stopping", KILLED),
+        (status(ended=4, preempted=TOLD, stop_asked=True), auto(), "stopped", "", None),
+        (status(lost_nodes=LOST, broken="Ray's raylet died"), auto(), "fail", "Ray's raylet died", None),
+    ],
+)
+def test_auto_goes_on_after_what_came_from_outside(
+    seen: Status, before: History, action: str, reason: str, culprit: RankFailure | None
+) -> None:
+    decision = decide(seen, before)
+    assert decision.action == action
+    assert reason in decision.reason
+    assert culprit in (..., decision.culprit)
+
+
+def test_auto_counts_the_ends_between_which_there_was_no_new_step() -> None:
+    killed = decide(status(failures=(KILLED,)), auto())
+    once = auto().after(killed, lost=False, fruitful=False)
+    assert (once.fruitless, once.culprits) == (1, (KILLED,))
+    assert once.after(killed, lost=True, fruitful=False).fruitless == 2
+    assert once.after(killed, lost=False, fruitful=True).fruitless == 1
+
+
+def test_where_only_a_broken_connection_is_known_its_cause_is_waited_for() -> None:
+    assert patience(KILLED) < patience(RAISED) == patience(None) < 3 < patience(CUT_OFF)
+    assert patience(replace(FINAL, witness=True)) == patience(RAISED)
+
+
 def test_what_is_no_failure_is_bounded_all_the_same() -> None:
     told = decide(status(ended=4, preempted=TOLD), history(1))
     before = history(1).after(told, lost=False, fruitful=False)
     assert (before.fruitless, before.culprits) == (1, ())
-    assert before.after(told, lost=False, fruitful=True).fruitless == 0
+    assert before.after(told, lost=False, fruitful=False).fruitless == 2
+    assert before.after(told, lost=False, fruitful=True).fruitless == 1
     counted = decide(status(failures=(KILLED,)), history(1))
     assert before.after(counted, lost=False, fruitful=False) == History(1, (KILLED,))
 

@@ -38,7 +38,7 @@ def test_a_rank_that_is_told_to_end_saves_and_the_run_goes_on_without_a_step_don
 def test_a_node_that_is_told_to_end_stops_a_run_without_restarts_which_can_be_continued(sandbox: Sandbox) -> None:
     put_recipe(sandbox)
     closed = gate(sandbox)
-    with sandbox.start(*LAUNCH, *JOB) as process:
+    with sandbox.start(*LAUNCH, *JOB, "--max-restarts", "0") as process:
         wait_at_gate(sandbox, process)
         os.kill(sandbox.named("ray::NodeAgent")[-1], signal.SIGTERM)
         wait_for(lambda: list(sandbox.folder.glob("signalled-*")), what="the notice to reach a rank")

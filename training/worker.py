@@ -33,6 +33,7 @@ from ..core.job import Job
 from ..core.pulse import Pulse
 from ..core.storage import Storage
 from ..core.wire import Channel
+from .connections import is_broken_connection
 from .context import Context, adopt, context
 from .hold import Given, Hold, images_of
 from .loop import Remembered, Trainer
@@ -121,7 +122,7 @@ def _fail(error: BaseException, reporter: Reporter, pulse: Pulse, job: Job | Non
         hints=[] if scarce is None else scarce.hints,
         traceback=text,
         final=isinstance(error, NonFiniteLoss),
-        witness=isinstance(error, NonFiniteLoss) and error.witness,
+        witness=error.witness if isinstance(error, NonFiniteLoss) else is_broken_connection(error),
         details={"samples": error.samples} if isinstance(error, NonFiniteLoss) else {},
         step=beat.step,
         phase=beat.phase,

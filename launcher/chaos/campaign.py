@@ -185,7 +185,8 @@ class Campaign:
         folder.mkdir()
         file = folder / "job.json"  # JSON is YAML
         file.write_text(json.dumps(self.job.model_dump(mode="json")), encoding="utf-8")
-        restarts = max(self.job.recovery.max_restarts, 2 * len(faults))  # a fault may take two generations with it
+        asked = self.job.recovery.max_restarts
+        restarts = max(0 if asked == "auto" else asked, 2 * len(faults))  # a fault may take two generations with it
         settings = {
             "resources.placement": self.stand.placement,
             "resources.nproc_per_node": self.stand.demand.ranks,  # the cluster has more cores than one run is to take
