@@ -10,7 +10,7 @@ import numpy as np
 from ..core.runs import boxes_of_run
 from ..core.storage import Storage
 from ..core.tensorfile import ITEMSIZE
-from .manifest import Manifest, PieceEntry, TensorEntry
+from .manifest import Block, Manifest, TensorEntry
 from .reader import read_arrays
 
 _BLOCK = 16 << 20  # bytes
@@ -23,7 +23,7 @@ def ranges(entry: TensorEntry, limit: int = _BLOCK) -> Iterator[tuple[int, int]]
     """
     most = max(1, limit // ITEMSIZE[entry.dtype])
     begin = end = 0
-    for first, last in sorted(_span(piece, entry.shape) for piece in entry.pieces if math.prod(piece.shape)):
+    for first, last in sorted(_span(piece, entry.shape) for piece in entry.blocks() if math.prod(piece.shape)):
         if first >= end and last - begin > most and end > begin:
             yield begin, end
             begin = end
@@ -53,7 +53,7 @@ def blocks(storage: Storage, manifest: Manifest, fqn: str) -> Iterator[np.ndarra
         yield read_range(storage, manifest, fqn, begin, end)
 
 
-def _span(piece: PieceEntry, whole: tuple[int, ...]) -> tuple[int, int]:
+def _span(piece: Block, whole: tuple[int, ...]) -> tuple[int, int]:
     """The range of the flattened tensor from the piece's first element to its last."""
     first = last = 0
     for offset, extent, size in zip(piece.offset, piece.shape, whole, strict=True):

@@ -137,4 +137,4 @@ def values(bits: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _hashes(entry: TensorEntry) -> set[tuple[tuple[int, ...], tuple[int, ...], str]]:
-    return {(piece.offset, piece.shape, piece.hash) for piece in entry.pieces}
+    return {(block.offset, block.shape, block.hash) for block in entry.blocks()}

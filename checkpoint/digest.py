@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 from blake3 import blake3
 
 from ..core.folders import Chunk
 
-#: What a hash in a manifest looks like. SHA-256 is that of checkpoints of format 1.
-PATTERN = r"^(blake3|sha256):[0-9a-f]{64}$"
+HEX = 64
+"""Digits of a hash."""
+#: What hashes in a manifest look like: those of a piece's blocks. SHA-256 is that of checkpoints of format 1.
+PATTERN = r"^(blake3|sha256):([0-9a-f]{64})+$"
 
 
 def digest(block: Chunk) -> str:
     """The hash that is written with a piece: BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs)."""
     return f"blake3:{blake3(block).hexdigest()}"
+
+
+def digests(blocks: Iterable[Chunk]) -> str:
+    """The hashes of a piece's blocks, one after the other behind the name of the algorithm."""
+    return "blake3:" + "".join(blake3(block).hexdigest() for block in blocks)
 
 
 def matches(block: Chunk, expected: str) -> bool:

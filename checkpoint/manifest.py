@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from ..core.errors import JobError, Problem, RunFailed
 from ..core.tensorfile import ITEMSIZE, nbytes
-from .digest import PATTERN
+from .cutting import count, cut
+from .digest import HEX, PATTERN, algorithm
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 
 _FOLDER = re.compile(r"step-(\d{8,15})")
@@ -57,8 +58,22 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
 
 
+class Block(NamedTuple):
+    """A box of a tensor, the bytes of a file that hold it, and their hash: what is read and verified at once."""
+
+    file: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    hash: str
+
+
 class PieceEntry(_Strict):
-    """A box of a tensor, and the bytes of a file that hold it, row-major and little-endian."""
+    """A box of a tensor, and the bytes of a file that hold it, row-major and little-endian.
+
+    One rank wrote it, and it has a hash for each of its blocks: see :func:`~.cutting.cut`.
+    """
 
     file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors$", max_length=255)
     """File in the checkpoint's folder."""
@@ -70,8 +85,22 @@ class PieceEntry(_Strict):
     """First byte in the file."""
     end: _Index
     """One past the last byte in the file."""
+    block: _Index = 0
+    """Bytes that a block has at most; 0 where all of the piece is one."""
     hash: str = Field(pattern=PATTERN)
-    """Algorithm and hash of these bytes."""
+    """Algorithm, and the hashes of the blocks one after the other."""
+
+    def blocks(self, itemsize: int) -> Iterator[Block]:
+        """Its blocks in the order of their bytes; of a tensor whose elements have ``itemsize`` bytes."""
+        if not self.block:
+            yield Block(self.file, self.offset, self.shape, self.begin, self.end, self.hash)
+            return
+        kind, begin = f"{algorithm(self.hash)}:", self.begin
+        at = len(kind)
+        for offset, shape in cut(self.offset, self.shape, itemsize, self.block):
+            end = begin + math.prod(shape) * itemsize
+            yield Block(self.file, offset, shape, begin, end, kind + self.hash[at : at + HEX])
+            begin, at = end, at + HEX
 
 
 class TensorEntry(_Strict):
@@ -81,6 +110,11 @@ class TensorEntry(_Strict):
     dtype: str
     """Code of the safetensors format, such as F32 or BF16."""
     pieces: tuple[PieceEntry, ...]
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks of all pieces."""
+        for piece in self.pieces:
+            yield from piece.blocks(ITEMSIZE[self.dtype])
 
     @model_validator(mode="after")
     def _tiled(self) -> Self:
@@ -106,6 +140,9 @@ class TensorEntry(_Strict):
                 f"{piece.end - piece.begin} bytes for a piece of {list(piece.shape)} {self.dtype}, "
                 f"which has {nbytes(self.dtype, piece.shape)}"
             )
+        blocks = count(piece.shape, ITEMSIZE[self.dtype], piece.block) if piece.block else 1
+        if len(piece.hash) != len(algorithm(piece.hash)) + 1 + HEX * blocks:
+            raise ValueError(f"a piece of {blocks} blocks, and not as many hashes")
 
 
 class Cursor(_Strict):
@@ -120,7 +157,7 @@ class Cursor(_Strict):
 class Manifest(_Strict):
     """A complete checkpoint."""
 
-    format: Literal[2]
+    format: Literal[3]
     """Version of this layout."""
     dltrain: str
     """Version of the writer."""
@@ -166,7 +203,7 @@ def parse(raw: bytes, *, step: int, where: str) -> Manifest:
         raise CorruptCheckpoint(step, MANIFEST, "", f"not JSON ({error})") from None
     _refuse_newer(values, where)
     try:
-        manifest = Manifest.model_validate_json(_of_format_1(values) if _version(values) == 1 else raw)
+        manifest = Manifest.model_validate_json(_of_older(values) if _version(values) in (1, 2) else raw)
     except ValidationError as error:
         raise _corrupt(step, error) from None
     if manifest.step != step:
@@ -188,12 +225,13 @@ def _version(values: Any) -> int | None:
     return version if isinstance(version, int) and not isinstance(version, bool) else None
 
 
-def _of_format_1(values: dict[str, Any]) -> str:
-    """The text of a manifest of format 1, which knew SHA-256 alone, as one of this format.
+def _of_older(values: dict[str, Any]) -> str:
+    """The text of a manifest of format 1 or 2 as one of this format.
 
-    What does not look like one is left as it is: the check that follows says what is wrong.
+    Both had an entry for every block. Format 1 knew SHA-256 alone. What does not look like one is left as it is: the
+    check that follows says what is wrong.
     """
-    tensors = values.get("tensors")
+    tensors = values.get("tensors") if _version(values) == 1 else None
     for entry in tensors.values() if isinstance(tensors, dict) else ():
         pieces = entry.get("pieces") if isinstance(entry, dict) else None
         for piece in pieces if isinstance(pieces, list) else ():

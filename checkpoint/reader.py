@@ -13,7 +13,7 @@ import numpy as np
 from ..core.storage import Storage
 from ..core.tensorfile import ITEMSIZE
 from .digest import algorithm, matches
-from .manifest import MANIFEST, CorruptCheckpoint, Manifest, PieceEntry, folder_name, folder_step, parse
+from .manifest import MANIFEST, Block, CorruptCheckpoint, Manifest, folder_name, folder_step, parse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,10 +61,10 @@ class Target(NamedTuple):
 
 
 class _Load(NamedTuple):
-    """A piece to be read, and the numbers of the targets of its tensor that it has a part of."""
+    """A block to be read, and the numbers of the targets of its tensor that it has a part of."""
 
     fqn: str
-    piece: PieceEntry
+    piece: Block
     targets: list[int]
 
 
@@ -156,7 +156,7 @@ def _carry_out(storage: Files, manifest: Manifest, loads: list[_Load], targets: 
     _for_each(load, list(runs(loads)))
 
 
-def _straight(piece: PieceEntry, targets: Sequence[Target]) -> tuple[Target, np.ndarray] | None:
+def _straight(piece: Block, targets: Sequence[Target]) -> tuple[Target, np.ndarray] | None:
     """A target that the piece's bytes follow each other in, and these bytes of it; None where there is no such."""
     for target in targets:
         begin = [a - b for a, b in zip(piece.offset, target.offset, strict=True)]
@@ -198,9 +198,11 @@ def _loads(manifest: Manifest, wanted: Mapping[str, Sequence[Slice]]) -> list[_L
             ):
                 raise ValueError(f"{fqn}: the slice {list(shape)} at {list(offset)} leaves the tensor {list(whole)}")
         for piece in manifest.tensors[fqn].pieces:
-            touching = [number for number, part in enumerate(slices) if _overlap(part, (piece.offset, piece.shape))]
-            if touching:
-                found.append(_Load(fqn, piece, touching))
+            near = [number for number, part in enumerate(slices) if _overlap(part, (piece.offset, piece.shape))]
+            for block in piece.blocks(bits(manifest, fqn).itemsize) if near else ():
+                touching = [number for number in near if _overlap(slices[number], (block.offset, block.shape))]
+                if touching:
+                    found.append(_Load(fqn, block, touching))
     return sorted(found, key=lambda item: (item.piece.file, item.piece.begin))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..core.storage import Storage
 from ..core.tensorfile import Item, header
 from .digest import algorithm, matches
-from .manifest import CorruptCheckpoint, Manifest, PieceEntry, folder_name
+from .manifest import Block, CorruptCheckpoint, Manifest, folder_name
 from .reader import open_manifest, runs
 
 _OTHER_HEADER = "its safetensors header is not the one that was written"
@@ -42,7 +42,7 @@ class Damage:
         return f"{folder_name(self.step)}/{self.file}{tensor}{place}: {self.why}"
 
 
-_Piece = tuple[str, PieceEntry]
+_Piece = tuple[str, Block]
 
 
 def verify(storage: Storage, step: int) -> Iterator[Damage]:
@@ -70,7 +70,7 @@ def verify_tensors(storage: Storage, manifest: Manifest) -> Iterator[Damage]:
     """
     files: dict[str, list[_Piece]] = {}
     for fqn, entry in manifest.tensors.items():
-        for piece in entry.pieces:
+        for piece in entry.blocks():
             files.setdefault(piece.file, []).append((fqn, piece))
     for file, pieces in sorted(files.items()):
         pieces.sort(key=lambda item: item[1].begin)

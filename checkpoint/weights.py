@@ -81,7 +81,7 @@ def _tied(manifest: Manifest, names: Collection[str]) -> dict[str, str]:
     for name in names:
         entry = manifest.tensors[_MODEL + name]
         if len(entry.shape) > 1 and 0 not in entry.shape:
-            hashes = frozenset((piece.offset, piece.shape, piece.hash) for piece in entry.pieces)
+            hashes = frozenset((block.offset, block.shape, block.hash) for block in entry.blocks())
             alike.setdefault((entry.shape, entry.dtype, hashes), []).append(name)
     tied: dict[str, str] = {}
     for group in alike.values():

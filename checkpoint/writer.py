@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ..core.storage import Storage
 from ..core.tensorfile import ITEMSIZE, Item, header, nbytes, order
-from .digest import digest
+from .cutting import cut
+from .digest import digests
 from .manifest import FORMAT, MANIFEST, Cursor, Manifest, PieceEntry, TensorEntry, folder_name
 
 if TYPE_CHECKING:
@@ -227,50 +229,27 @@ def _stream(
     records: list[PieceRecord],
     hasher: ThreadPoolExecutor,
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of the file in order; appends the records of a tensor's pieces as it goes out, hashed meanwhile."""
+    """The bytes of the file in order; appends the record of a piece as it goes out, hashed meanwhile."""
     start = header([_item(planned) for planned in plan])
     yield start
     begin = len(start)
     for planned, content in zip(plan, data, strict=True):
         if len(content) <= _INLINE:
             yield content
-            records += _pieces(planned, content, file, begin)
+            records.append(_record(planned, content, file, begin))
         else:
-            hashing = hasher.submit(_pieces, planned, content, file, begin)
+            hashing = hasher.submit(_record, planned, content, file, begin)
             yield content
-            records += hashing.result()
+            records.append(hashing.result())
         begin += len(content)
 
 
-def _pieces(planned: Planned, content: memoryview, file: str, begin: int) -> list[PieceRecord]:
-    """What one rank holds of a tensor, cut into pieces with a hash each; it is at ``begin`` in the file."""
-    (key, whole), done = planned, 0
+def _record(planned: Planned, content: memoryview, file: str, begin: int) -> PieceRecord:
+    """What one rank holds of a tensor, with the hashes of its blocks; it is at ``begin`` in the file."""
+    (key, whole), itemsize = planned, ITEMSIZE[planned.key.dtype]
     limit = max(_LEAST, min(nbytes(key.dtype, whole) // _PARTS, _MOST))
-    records = list[PieceRecord]()
-    for offset, shape in _cut(key.offset, key.shape, ITEMSIZE[key.dtype], limit):
-        end = done + nbytes(key.dtype, shape)
-        place = {"offset": offset, "shape": shape, "begin": begin + done, "end": begin + end}
-        piece = PieceEntry(file=file, hash=digest(content[done:end]), **place)
-        records.append(PieceRecord(fqn=key.fqn, dtype=key.dtype, whole=whole, piece=piece))
-        done = end
-    return records
-
-
-def _cut(
-    offset: tuple[int, ...], shape: tuple[int, ...], itemsize: int, limit: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes of at most ``limit`` bytes (or one element) that follow each other in the row-major box given."""
-    size = itemsize
-    for extent in shape:
-        size *= extent
-    axis = next((axis for axis, extent in enumerate(shape) if extent > 1), None)
-    if size <= limit or axis is None:
-        yield offset, shape
-        return
-    row = size // shape[axis]
-    rows = max(1, limit // row)
-    for first in range(0, shape[axis], rows):
-        count = min(rows, shape[axis] - first)
-        at = (*offset[:axis], offset[axis] + first, *offset[axis + 1 :])
-        box = (*shape[:axis], count, *shape[axis + 1 :])
-        yield from _cut(at, box, itemsize, limit)
+    ends = accumulate(nbytes(key.dtype, shape) for _, shape in cut(key.offset, key.shape, itemsize, limit))
+    hashes = digests(content[first:last] for first, last in pairwise((0, *ends)))
+    place = {"offset": key.offset, "shape": key.shape, "begin": begin, "end": begin + key.nbytes}
+    piece = PieceEntry(file=file, block=limit, hash=hashes, **place)
+    return PieceRecord(fqn=key.fqn, dtype=key.dtype, whole=whole, piece=piece)

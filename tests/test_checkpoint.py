@@ -118,7 +118,7 @@ def test_large_tensors_are_hashed_in_pieces_so_that_a_slice_reads_little(local: 
     long = torch.arange(10_000_000, dtype=torch.int32).reshape(1, 1, -1)
     manifest = save(local, 1, whole({"model.m.big": big, "model.m.long": long}, 1))
     for entry in manifest.tensors.values():
-        assert max(piece.end - piece.begin for piece in entry.pieces) <= 8 << 20
+        assert max(block.end - block.begin for block in entry.blocks()) <= 8 << 20
 
     class Counting(Storage):
         count = 0

@@ -162,7 +162,7 @@ def test_every_rank_writes_its_own_part_of_the_state(tmp_path: Path) -> None:
 def test_a_piece_that_is_damaged_for_one_rank_alone_has_all_go_back_to_the_checkpoint_before(tmp_path: Path) -> None:
     job = (*plain_cnn.JOB, "parallel.strategy=zero3", "checkpoint.every=2", "train.schedule.name=constant")
     storage = Storage(str(train_ranks(tmp_path, 2, *job, "train.steps=4").path / "checkpoints"))
-    pieces = [piece for tensor in open_manifest(storage, 4).tensors.values() for piece in tensor.pieces]
+    pieces = [piece for tensor in open_manifest(storage, 4).tensors.values() for piece in tensor.blocks()]
     piece = max((p for p in pieces if p.file.startswith("shard-00001-")), key=lambda p: prod(p.shape))
     with (Path(str(storage)) / "step-00000004" / piece.file).open("r+b") as file:
         file.seek(piece.begin)

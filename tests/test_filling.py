@@ -21,13 +21,14 @@ from .checkpoints import State, assert_same, bit_equal, flip, grid, make_state, 
 Cut = Callable[[State], list[dict[str, Shard]]]
 
 
-def as_format_1(storage: Storage, step: int) -> None:
-    """Rewrite a checkpoint's manifest as dltrain wrote it when it knew SHA-256 alone."""
+def as_older(storage: Storage, step: int, version: int) -> None:
+    """Rewrite a checkpoint's manifest as dltrain wrote it before: every block a piece, and SHA-256 in format 1."""
     name = f"{folder_name(step)}/manifest.json"
-    document = json.loads(storage.read(name))
-    document["format"] = 1
-    for entry in document["tensors"].values():
-        for piece in entry["pieces"]:
+    manifest, document = open_manifest(storage, step), json.loads(storage.read(name))
+    document["format"] = version
+    for fqn, entry in document["tensors"].items():
+        entry["pieces"] = [block._asdict() for block in manifest.tensors[fqn].blocks()]
+        for piece in entry["pieces"] if version == 1 else ():
             data = storage.read_range(f"{folder_name(step)}/{piece['file']}", piece["begin"], piece["end"])
             del piece["hash"]
             piece["sha256"] = hashlib.sha256(data).hexdigest()
@@ -70,7 +71,7 @@ def test_a_damaged_piece_fails_the_fill(local: Storage) -> None:
 def test_a_checkpoint_of_format_1_is_read_and_verified_by_its_sha256(local: Storage, tmp_path: Path) -> None:
     state = make_state(3)
     save(local, 1, rows(state, 2))
-    as_format_1(local, 1)
+    as_older(local, 1, 1)
     manifest = open_manifest(local, 1)
     assert {piece.hash[:7] for entry in manifest.tensors.values() for piece in entry.pieces} == {"sha256:"}
     assert_same(read(local, manifest), state)
@@ -81,10 +82,24 @@ def test_a_checkpoint_of_format_1_is_read_and_verified_by_its_sha256(local: Stor
         read(local, manifest)
 
 
+def test_a_checkpoint_of_format_2_is_what_it_was(local: Storage) -> None:
+    state = {"model.m.large": torch.randn(3000, 100)}
+    now = save(local, 1, rows(state, 2))
+    assert len(now.tensors["model.m.large"].pieces) == 2
+    as_older(local, 1, 2)
+    before = open_manifest(local, 1)
+    assert len(before.tensors["model.m.large"].pieces) == 6
+    assert [*before.tensors["model.m.large"].blocks()] == [*now.tensors["model.m.large"].blocks()]
+    assert_same(read(local, before), state)
+    assert list(verify(local, 1)) == []
+    flip(shard_files(local, 1)[0])
+    assert [damage.tensor for damage in verify(local, 1)] == ["model.m.large"]
+
+
 @pytest.mark.parametrize("change", [("sha256", "0" * 63), ("surprise", 1)])
 def test_a_damaged_manifest_of_format_1_is_refused(local: Storage, change: tuple[str, object]) -> None:
     save(local, 1, whole(make_state(), 1))
-    as_format_1(local, 1)
+    as_older(local, 1, 1)
     document = json.loads(local.read("step-00000001/manifest.json"))
     document["tensors"]["model.net.head.weight"]["pieces"][0][change[0]] = change[1]
     local.write("step-00000001/manifest.json", [json.dumps(document).encode()])

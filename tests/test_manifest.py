@@ -85,6 +85,9 @@ PIECE = "tensors/model.net.embed.weight/pieces/0"
         (f"{PIECE}/hash", "blake3:" + "G" * 64, "hash"),
         (f"{PIECE}/hash", "md5:" + "0" * 64, "hash"),
         (f"{PIECE}/hash", "0" * 64, "hash"),
+        (f"{PIECE}/hash", "blake3:" + "0" * 128, "not as many hashes"),
+        (f"{PIECE}/block", 100, "not as many hashes"),
+        (f"{PIECE}/block", -1, "block"),
     ],
 )
 def test_a_hostile_manifest_is_refused(local: Storage, path: str, value: object, said: str) -> None:
@@ -113,7 +116,7 @@ def test_a_manifest_that_promises_much_takes_no_memory(local: Storage) -> None:
     document = json.loads(local.read("step-00000005/manifest.json"))
     entry = document["tensors"]["model.m.w"]
     entry["shape"] = entry["pieces"][0]["shape"] = [2**50]
-    entry["pieces"][0]["end"] = entry["pieces"][0]["begin"] + 2**52
+    entry["pieces"][0] |= {"end": entry["pieces"][0]["begin"] + 2**52, "block": 0}
     local.write("step-00000005/manifest.json", [json.dumps(document).encode()])
     with pytest.raises(CorruptCheckpoint, match="cut short"):
         read(local, open_manifest(local, 5))
@@ -140,7 +143,7 @@ def test_many_pieces_are_checked_quickly() -> None:
 def test_a_newer_format_is_refused_with_the_version_named_and_no_older_one_taken(local: Storage) -> None:
     save(local, 5, whole(make_state(), 1))
     document = json.loads(local.read("step-00000005/manifest.json"))
-    document |= {"format": 3, "dltrain": "9.1", "unknown": {}}
+    document |= {"format": 4, "dltrain": "9.1", "unknown": {}}
     local.write("step-00000006/manifest.json", [json.dumps(document).encode()])
-    with pytest.raises(JobError, match=r"format 3, written by dltrain '9\.1'.* up to format 2.*newer dltrain"):
+    with pytest.raises(JobError, match=r"format 4, written by dltrain '9\.1'.* up to format 3.*newer dltrain"):
         newest_good(local, lambda manifest: read(local, manifest), print)

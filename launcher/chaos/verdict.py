@@ -49,7 +49,7 @@ class Trace:
         rows = {row.step: {name: value for name, value in row.metrics.items() if _computed(name)} for row in journal}
         storage = Storage(str(run / "checkpoints"))
         last = open_manifest(storage, catalogue(storage)[0].step)
-        state = {name: "+".join(piece.hash for piece in entry.pieces) for name, entry in last.tensors.items()}
+        state = {name: "+".join(block.hash for block in entry.blocks()) for name, entry in last.tensors.items()}
         return cls(weights, rows, tuple(row.step for row in journal), last.world, last.cursor.samples, state)
 
 
