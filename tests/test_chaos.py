@@ -23,6 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import Sandbox, wait_for
 
+LIMIT = 600.0  # seconds, against a hang: a busy machine takes over a minute for two runs and their cluster
+pytestmark = pytest.mark.timeout(900)
+
 # the language
 
 
