@@ -168,7 +168,7 @@ def test_whatever_is_killed_the_run_comes_out_the_same(sandbox: Sandbox) -> None
     at = [APART * number for number in range(1, len(kinds) + 1)]
     faults = ", ".join(f"{kind}@step={step}" for kind, step in zip(kinds, at, strict=True))
     steps = at[-1] + 2 * APART
-    done = sandbox.run("chaos", *LINKED, f"train.steps={steps}", "--json", "--faults", faults)
+    done = sandbox.run("chaos", *LINKED, f"train.steps={steps}", "--json", "--faults", faults, timeout=LIMIT)
     assert done.returncode == 0, done.stderr + done.stdout
     answer = json.loads(done.stdout)
     (schedule,) = answer["schedules"]
@@ -192,7 +192,7 @@ RECIPE = """
 @pytest.mark.slow
 def test_a_run_that_comes_out_otherwise_is_told_and_kept(sandbox: Sandbox) -> None:
     (sandbox.folder / "forgets.py").write_text(dedent(RECIPE), encoding="utf-8")
-    done = sandbox.run("chaos", *JOB, "recipe=forgets:Forgets", "--faults", "stop:rank=0@step=60")
+    done = sandbox.run("chaos", *JOB, "recipe=forgets:Forgets", "--faults", "stop:rank=0@step=60", timeout=LIMIT)
     assert done.returncode == 1, done.stderr + done.stdout
     assert "NOT IDENTICAL; 2 starts of the ranks" in done.stdout
     assert re.search(r"weights are \w{12}, not \w{12}", done.stdout)
@@ -208,7 +208,7 @@ def test_a_run_that_comes_out_otherwise_is_told_and_kept(sandbox: Sandbox) -> No
 
 @pytest.mark.slow
 def test_a_job_that_fails_by_itself_leaves_its_report(sandbox: Sandbox) -> None:
-    done = sandbox.run("chaos", *JOB, "train.optimizer.lr=1e30", "--faults", "kill:rank=0@60")
+    done = sandbox.run("chaos", *JOB, "train.optimizer.lr=1e30", "--faults", "kill:rank=0@60", timeout=LIMIT)
     assert (done.returncode, "the job fails without any fault" in done.stderr) == (1, True), done.stderr
     report = re.search(r"report: (\S+)", done.stderr)
     assert report
@@ -244,7 +244,7 @@ def test_a_clean_run_that_hangs_is_ended_and_told(sandbox: Sandbox) -> None:
 @pytest.mark.slow
 def test_a_fault_that_comes_too_late_is_no_success(sandbox: Sandbox) -> None:
     cores = ("resources.nproc_per_node=cpu", "train.microbatches=auto")
-    done = sandbox.run("chaos", *JOB, *cores, "--json", "--faults", "kill:rank=0@999s")
+    done = sandbox.run("chaos", *JOB, *cores, "--json", "--faults", "kill:rank=0@999s", timeout=LIMIT)
     assert done.returncode == 1, done.stderr + done.stdout
     answer = json.loads(done.stdout)
     (schedule,) = answer["schedules"]

@@ -16,6 +16,8 @@ from launching import Sandbox, wait_for
 from ray_clusters import RayCluster, ray_head, ray_on
 from runs import RunFolder
 
+pytestmark = pytest.mark.timeout(900)  # some take over a minute where the machine is busy
+
 JOB = ("model.widths=[4]", "model.hidden=16", "train.steps=20", "tracking.wandb.mode=disabled")
 
 

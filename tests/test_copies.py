@@ -22,6 +22,7 @@ from ray_clusters import ray_on
 from runs import RunFolder
 from stage import JOB, WAIT_AT, assert_same_run, gate, put_recipe, run_of, wait_at_gate
 
+pytestmark = pytest.mark.timeout(900)
 preload("dltrain.strategies.deepspeed_engine")
 
 NODES = 3

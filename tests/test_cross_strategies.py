@@ -15,6 +15,8 @@ from dltrain.checkpoint.reader import open_manifest, read_arrays
 from dltrain.core.storage import Storage
 from ranks import run_ranks, train_ranks
 
+pytestmark = pytest.mark.timeout(900)
+
 COMMON = (
     *("seed=3", "train.steps=20", "train.global_batch=24", "train.microbatches=4", "train.optimizer.lr=0.003"),
     *("train.optimizer.weight_decay=0.1", "train.schedule.warmup_steps=4", "train.clip_norm=1.0", "train.ema=0.9"),
@@ -54,7 +56,7 @@ def check_all(origins: Origins, folder: Path, job: tuple[str, ...], setup: str, 
     """Go on under ``setup`` from a checkpoint of each of ``froms``."""
     ranks, overrides = SETUPS[setup]
     folders = {name: str(origins.run(job, name)[0]) for name in froms}
-    ended = run_ranks(go_on, ranks, folder, folders, *COMMON, *job, *overrides, timeout=280)
+    ended = run_ranks(go_on, ranks, folder, folders, *COMMON, *job, *overrides, timeout=800)
     assert ended == [0] * ranks, "\n".join((folder / f"rank{rank}.log").read_text() for rank in range(ranks))
     _, whole = origins.run(job, "ddp × 1")
     for name, origin in folders.items():

@@ -42,6 +42,7 @@ def test_the_seasonal_naive_forecast_repeats_the_last_line() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_cnn_reads_985_of_1000_digits(tmp_path: Path) -> None:
-    run = train_ranks(tmp_path, 2, str(EXAMPLES / "jobs" / "cnn.yaml"), "tracking.wandb.mode=disabled", timeout=280)
+    run = train_ranks(tmp_path, 2, str(EXAMPLES / "jobs" / "cnn.yaml"), "tracking.wandb.mode=disabled", timeout=800)
     assert run.rows()[-1]["test/accuracy"] >= 0.985
