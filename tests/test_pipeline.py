@@ -14,6 +14,7 @@ from dltrain.core.job import Job
 from dltrain.core.parallel import Parallel, microbatches_per_step
 from dltrain.models.transformer import TransformerRecipe
 from dltrain.strategies.stages import Stage, divide, first_names, holders, keep
+from dltrain.training import worker
 from dltrain.training.check import check_job as check_recipe
 from held import say_what_is_held
 from hypothesis import given
@@ -252,3 +253,17 @@ def test_microbatches_that_a_schedule_does_not_take(
     spread = Parallel.model_validate(parallel)
     job = Job.model_validate({"parallel": parallel, "train": {"microbatches": microbatches}})
     assert check_job(job, world=2 * spread.pipeline) == [Problem(what, "train.microbatches", hint)]
+
+
+def _train(*job: str) -> int:
+    return worker.main(list(job))
+
+
+def test_what_one_stage_refuses_every_rank_refuses(tmp_path: Path) -> None:
+    """The head, which is not what the checkpoint has, is in the last stage: the ranks of the first hear of it."""
+    job = ("recipe=mlp", "model.inputs=13", "data.source=wine", "model.hidden=[16, 16, 16]", "train.steps=4")
+    spread = (PIPELINE, "parallel.strategy=fsdp", "train.microbatches=4", "tracking.wandb.mode=disabled")
+    train_ranks(tmp_path, 4, *job, *spread)
+    assert run_ranks(_train, 4, tmp_path, *job, *spread, "model.classes=5") == [2, 2, 2, 2]
+    said = {(tmp_path / f"rank{rank}.log").read_text() for rank in range(4)}
+    assert all("the model has model.mlp.head.weight (5, 16)" in text for text in said), said

@@ -53,14 +53,9 @@ class Restorer:
         Raises:
             CorruptCheckpoint: a rank's node does not have all that the rank needs. The engine's state is undefined.
         """
-        failure = ""
-        try:
-            self._engine.load(partial(fill_from_memory, images))
-        except CorruptCheckpoint as error:
-            failure = str(error)
-        for rank, why in enumerate(gathered(failure, self._world)):
-            if why:
-                raise CorruptCheckpoint(images.step, "images in memory", "", f"rank {rank}: {why}")
+        _, failure = self._together(partial(self._engine.load, partial(fill_from_memory, images)))
+        if failure:
+            raise CorruptCheckpoint(images.step, "images in memory", "", failure)
         return Restored(images.manifest, durable=images.step == saved)
 
     def from_storage(self, urls: Sequence[str]) -> Restored | None:
@@ -111,11 +106,21 @@ class Restorer:
         return None
 
     def _together(self, call: Callable[[], T]) -> tuple[T | None, str]:
-        """What ``call`` returns where it succeeds on every rank; else nothing, and the first rank's reason."""
-        found, failure = None, ""
+        """What ``call`` returns where it succeeds on every rank; else nothing, and the first rank's reason.
+
+        Raises:
+            JobError: a rank refuses the job: every rank does then, with its words.
+        """
+        found, failure, refusal = None, "", tuple[Problem, ...]()
         try:
             found = call()
+        except JobError as error:
+            refusal = error.problems
         except (CorruptCheckpoint, OSError) as error:
             failure = f"rank {self._rank}: {error}"
-        first = next((why for why in gathered(failure, self._world) if why), "")
+        everyones = gathered((failure, refusal), self._world)
+        for _, problems in everyones:
+            if problems:
+                raise JobError(*problems)
+        first = next((why for why, _ in everyones if why), "")
         return (None, first) if first else (found, "")
