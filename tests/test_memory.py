@@ -138,6 +138,29 @@ def test_an_agent_holds_images_when_the_rank_is_gone_and_hands_them_on() -> None
     assert not agent.all()
 
 
+def test_what_an_agent_has_no_room_for_it_is_told_later() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    agent, hold = HeldImages(), Hold(theirs)
+    stages = [stage for _ in range(20) for stage in images()]
+    for stage in stages:  # the agent does not come to read
+        hold.keep(stage.fd)
+    hold.drop(stages[0].fd)
+    hold.drop(stages[-1].fd)
+    agent.hear(0, ours)
+    assert 0 < len(agent.all()) < 38
+    for _ in stages:
+        hold.flush()
+        agent.hear(0, ours)
+    assert len(agent.all()) == 38
+    ours.close()
+    hold.drop(stages[1].fd)  # it is gone, and with it what it held: nothing to wait for
+    assert not hold._waiting
+    agent.close()
+    theirs.close()
+
+
 def test_what_was_gone_on_from_is_let_go_when_it_is_not_needed_any_more() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     agent, hold = HeldImages(), Hold(theirs)

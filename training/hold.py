@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from ..checkpoint.image import Image, Images
 
 _MAX_MESSAGE, _MAX_FDS = 1 << 16, 250
+# The agent has not come to read, or the kernel has no room for descriptors that are under way.
+_LATER = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+_GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,14 @@ class Hold:
 
     from the agent  {"t": "given", "images": [{"restores", "mine"}, …]} with a descriptor each, before the rank starts
     to the agent    {"t": "keep"} with a descriptor; {"t": "drop", "inode"}
+
+    Training never waits for the agent: what it has no room for goes with the next message, or with :meth:`flush`.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._waiting: list[tuple[dict[str, object], int | None]] = []
 
     def given(self) -> list[Given]:
         """What the agent has handed over."""
@@ -52,17 +59,35 @@ class Hold:
         return found
 
     def keep(self, fd: int) -> None:
-        """Have the agent hold this memory."""
-        self._send({"t": "keep"}, [fd])
+        """Have the agent hold this memory. The descriptor stays open until :meth:`drop`."""
+        self._waiting.append(({"t": "keep"}, fd))
+        self.flush()
 
     def drop(self, fd: int) -> None:
         """Have the agent let go of this memory."""
-        self._send({"t": "drop", "inode": os.fstat(fd).st_ino})
+        if ({"t": "keep"}, fd) in self._waiting:  # it never heard of it
+            self._waiting.remove(({"t": "keep"}, fd))
+        else:
+            self._waiting.append(({"t": "drop", "inode": os.fstat(fd).st_ino}, None))
+        self.flush()
 
-    def _send(self, message: dict[str, object], fds: list[int] | None = None) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        with contextlib.suppress(OSError):  # an agent that is gone holds nothing: then there is no such snapshot
-            self._sock.sendmsg([json.dumps(message).encode()], rights, socket.MSG_NOSIGNAL)
+    def flush(self) -> None:
+        """Send what the agent had no room for, as far as it has now.
+
+        Raises:
+            OSError: the socket fails otherwise than by the agent's end, with which all is gone that it held.
+        """
+        while self._waiting:
+            message, fd = self._waiting[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd is not None else []
+            try:
+                self._sock.sendmsg([json.dumps(message).encode()], rights, socket.MSG_NOSIGNAL)
+            except OSError as error:
+                if error.errno in _LATER:
+                    return
+                if error.errno not in _GONE:
+                    raise
+            self._waiting.pop(0)
 
 
 def images_of(given: list[Given]) -> Images | None:

@@ -111,6 +111,8 @@ class Memory:
         """
         plan = self.plan
         assert plan is not None, "assign() comes first"
+        if self._hold is not None:
+            self._hold.flush()
         stage = self._free(plan.size, lent)
         stage.fill(plan, self._holdings)
         text = b"\n".join([plan.text, json.dumps(position.facts(), separators=(",", ":")).encode(), rows])
