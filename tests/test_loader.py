@@ -27,7 +27,10 @@ from hypothesis import strategies as st
 
 MODES = {"inline": {"prefetch": 0}, "thread": {"prefetch": 2}, "workers": {"workers": 2}}
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This process .* is multi-threaded:DeprecationWarning",
+    "ignore:This DataLoader will create 2 worker processes:UserWarning",  # on one core
+)
 
 
 class Numbers:
@@ -81,6 +84,14 @@ def until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited 60 s for {what}"
         time.sleep(0.005)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_was_there_is_not_collected() -> Iterator[None]:
+    """Each test collects garbage, which takes a second where other tests' modules and servers are in memory."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
