@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.config import load_job
-from ..core.errors import JobError, Problem
+from ..core.errors import JobError, Problem, RunFailed
 from ..launcher.submit.clusters import find_cluster, read_cluster
 from ..launcher.submit.handle import Handle
 from ..launcher.submit.jobs import kind_of, output_of, stop_job, submit, wait_for
@@ -96,7 +96,10 @@ def follow(handle: Handle, *, quiet: bool = False) -> int:
     """
     try:
         if not quiet:
-            _show_output(handle)
+            try:
+                _show_output(handle)
+            except RunFailed as error:
+                sys.stderr.write(f"dltrain: {error}: what else the job prints is not shown\n")
         state = wait_for(handle)
     except KeyboardInterrupt:
         if kind_of(handle).ends_with_submitter:

@@ -174,3 +174,23 @@ def test_who_watches_a_job_bears_that_nobody_answers_for_a_while(monkeypatch: py
     monkeypatch.setattr(follow, "PATIENCE", -1.0)
     with pytest.raises(RunFailed, match="away"):
         ask()
+
+
+def test_patience_counts_from_the_first_question_that_was_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(follow.time, "monotonic", lambda: now[0])
+
+    def question() -> int:
+        raise RunFailed("away")
+
+    ask = follow.Patient(question, 1)
+    now[0] = 3600.0  # a connection that has lasted for an hour
+    assert ask() == 1
+    now[0] += follow.PATIENCE
+    assert ask() == 1
+    ask.heard()  # another connection, of another hour
+    now[0] += 3600.0
+    assert ask() == 1
+    now[0] += follow.PATIENCE + 1
+    with pytest.raises(RunFailed, match="away"):
+        ask()

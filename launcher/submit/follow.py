@@ -29,18 +29,24 @@ class Patient(Generic[T]):
 
     def __init__(self, question: Callable[[], T], last: T) -> None:
         self._question, self._last = question, last
-        self._answered = time.monotonic()
+        self._silent: float | None = None  # since when nobody has answered
 
     def __call__(self) -> T:
         """Raises RunFailed, as the question does, when there was no answer for ``PATIENCE`` seconds."""
         try:
             self._last = self._question()
         except RunFailed:
-            if time.monotonic() - self._answered > PATIENCE:
+            now = time.monotonic()
+            self._silent = now if self._silent is None else self._silent
+            if now - self._silent > PATIENCE:
                 raise
         else:
-            self._answered = time.monotonic()
+            self._silent = None
         return self._last
+
+    def heard(self) -> None:
+        """Begin anew to be patient: there was an answer of another kind."""
+        self._silent = None
 
 
 def lines_of(path: Path, *, until: Callable[[], bool] | None = None) -> Iterator[bytes]:

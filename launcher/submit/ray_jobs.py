@@ -19,11 +19,10 @@ from pydantic import Field
 from ...core.document import Document
 from ...core.errors import JobError, Problem, RunFailed
 from ...core.spec import Spec
-from .. import untyped
 from .adapter import Adapter, JobState, Standing, checked, place
 from .code import Code, code_of, dltrain_code
 from .handle import Handle
-from .ray_output import followed
+from .ray_output import Silence, followed
 from .steps import Steps, Submission
 
 _STANDING: dict[str, Standing] = {
@@ -36,6 +35,7 @@ _STANDING: dict[str, Standing] = {
 _STOPPED = (130, 143)
 _NAME, _RUNS, _GRACE = "dltrain", "dltrain/runs", "dltrain/stop_grace"  # keys of a job's metadata, all text
 _END = 120  # seconds that a launch may take to end beside its ranks' own
+_SILENCE = 300.0  # seconds after which a connection without a word is taken for dead
 
 
 class RayFile(Spec):
@@ -147,7 +147,11 @@ class RayJobs(Adapter):
     @staticmethod
     def output(handle: Handle, *, follow: bool) -> Iterator[bytes]:
         """What the driver has printed; raises RunFailed where the cluster does not answer."""
-        return output_at(handle.cluster["address"], handle.id, follow=follow)
+        address = handle.cluster["address"]
+        if follow:
+            yield from followed(partial(tail_at, address, handle.id), partial(RayJobs.state, handle))
+        else:
+            yield output_at(address, handle.id)
 
     @staticmethod
     def stop(handle: Handle, *, now: bool) -> None:
@@ -264,32 +268,43 @@ def _state(info: Any) -> JobState:
     return JobState(_STANDING[status], ", ".join(filter(None, [status, more])))
 
 
-def output_at(address: str, number: str, *, follow: bool) -> Iterator[bytes]:
-    """What a job's driver has printed; followed, until its end, over answers that fail.
+def output_at(address: str, number: str) -> bytes:
+    """What a job's driver has printed.
 
     Raises:
         RunFailed: the cluster does not answer, or does not know the job.
     """
-    if follow:
-        texts = followed(partial(_tail, address, number), partial(state_at, address, number))
-        yield from (text.encode() for text in texts)
-        return
     client = _client(address)
     with _asked(address, number):
         text = str(client.get_job_logs(number))
-    yield text.encode()
+    return text.encode()
 
 
-def _tail(address: str, number: str) -> Iterator[str]:
-    """What a job's driver has printed and prints, over one connection."""
+def tail_at(address: str, number: str) -> Iterator[str]:
+    """What a job's driver has printed and prints, over one connection.
+
+    Raises:
+        Silence: nothing has come for five minutes.
+        RunFailed: the cluster does not answer, or does not know the job; or the connection breaks.
+    """
     pieces = _client(address).tail_job_logs(number)
     with _asked(address, number), asyncio.Runner() as runner:
 
-        async def piece() -> str:
-            return str(await anext(pieces, ""))
+        async def piece() -> str | None:
+            """None after too long a silence."""
+            deadline = asyncio.timeout(_SILENCE)
+            try:
+                async with deadline:
+                    return str(await anext(pieces, ""))
+            except TimeoutError:
+                if deadline.expired():
+                    return None
+                raise
 
         while text := runner.run(piece()):
             yield text
+    if text is None:
+        raise Silence(f"the Ray cluster at {address} has said nothing of {number} for {_SILENCE:g} s")
 
 
 def stop_at(address: str, number: str, *, now: bool) -> None:
@@ -311,8 +326,11 @@ def _asked(address: str, number: str) -> Generator[None]:
     try:
         yield
     except Exception as error:  # Ray's, requests' and aiohttp's have no class in common
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunFailed(f"the Ray cluster at {address} does not answer for {number}: {why}") from None
+        raise RunFailed(f"the Ray cluster at {address} does not answer for {number}: {_why(error)}") from None
+
+
+def _why(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _client(address: str) -> Any:
@@ -326,6 +344,5 @@ def _client(address: str) -> Any:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return jobs.JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, untyped.ray().exceptions.AuthenticationError) as error:
-        why = str(error).strip().splitlines()[0]
-        raise RunFailed(f"the Ray cluster at {address} does not answer: {why}") from None
+    except Exception as error:  # it asks for the cluster's version, so any that a request raises
+        raise RunFailed(f"the Ray cluster at {address} does not answer: {_why(error)}") from None

@@ -14,7 +14,11 @@ _PAUSE = 1.0  # seconds between two connections
 _TRIES = 10  # connections for the output of a job that is over: its machine may be gone too
 
 
-def followed(tail: Callable[[], Iterator[str]], state: Callable[[], JobState]) -> Iterator[str]:
+class Silence(RunFailed):
+    """Nothing has come over a connection for so long that it may be dead, which nobody need have said."""
+
+
+def followed(tail: Callable[[], Iterator[str]], state: Callable[[], JobState]) -> Iterator[bytes]:
     """All that a job prints until its end, each character once.
 
     Args:
@@ -32,18 +36,21 @@ def followed(tail: Callable[[], Iterator[str]], state: Callable[[], JobState]) -
         over, position, fault = standing in OVER, 0, None
         try:
             for text in tail():
+                ask.heard()
                 new = text[max(0, shown - position) :]
                 position += len(text)
                 if new:
                     lost, shown = False, position
-                    yield new
+                    yield new.encode()
+        except Silence as error:  # in order while the job goes on; of one that is over, something may still be missing
+            fault = error if over else None
         except RunFailed as error:
             fault = error
-            tries += over
-            if standing == "unknown" or tries == _TRIES:
-                raise
         if over and fault is None:  # known before: a connection that is closed in good order is no end
             return
+        tries += over
+        if fault is not None and (standing == "unknown" or tries == _TRIES):
+            raise fault
         if fault is not None and not lost:
             lost = True
             sys.stderr.write(f"dltrain: {fault}: asking again\n")

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ...core.errors import JobError, Problem, RunFailed
 from .adapter import Adapter, JobState, place
 from .code import code_of, dltrain_code
 from .handle import Handle
-from .ray_jobs import jobs_at, launch_command, new_number, output_at, send, state_at, stop_at
+from .ray_jobs import jobs_at, launch_command, new_number, output_at, send, state_at, stop_at, tail_at
+from .ray_output import followed
 from .schemas import faults, ray_launcher
 from .steps import Steps, Submission
 
@@ -122,8 +124,12 @@ class Machines(Adapter):
     @staticmethod
     def output(handle: Handle, *, follow: bool) -> Iterator[bytes]:
         """What the driver has printed; raises RunFailed where its head cannot be reached."""
-        with _tunnel(Path(handle.cluster["file"])) as address:
-            yield from output_at(address, handle.id, follow=follow)
+        file = Path(handle.cluster["file"])
+        if follow:
+            yield from followed(partial(_tail, file, handle.id), partial(Machines.state, handle))
+        else:
+            with _tunnel(file) as address:
+                yield output_at(address, handle.id)
 
     @staticmethod
     def stop(handle: Handle, *, now: bool) -> None:
@@ -174,6 +180,12 @@ def _tunnel(file: Path) -> Generator[str]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # ray starts an ssh, which would outlive it
         process.wait()
+
+
+def _tail(file: Path, number: str) -> Iterator[str]:
+    """What a job's driver has printed and prints, over one connection in a tunnel of its own, which may break too."""
+    with _tunnel(file) as address:
+        yield from tail_at(address, number)
 
 
 def _listens(port: int) -> bool:
