@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import DltrainError, JobError, Problem, RunFailed
+from ..core.errors import DltrainError, Interrupted, JobError, Problem, RunFailed
 from ..core.formats import is_url
 from ..core.job import CheckpointSpec, Job, Resources, TrackingSpec
 from ..tracking.wandb_mode import api_key_present, resolve_mode
@@ -117,6 +117,7 @@ def look(
 
     Raises:
         ClusterError: a node was lost meanwhile.
+        Interrupted: a stop was asked for.
         JobError: W&B is to be online, and there is no key.
     """
     phase("looking at the nodes")
@@ -198,6 +199,8 @@ def _measure(cluster: Cluster, pairings: int | None) -> Measured:
     for node, ref in enumerate(refs):
         try:
             outcome: Outcome = cluster.gather([ref], waiting_for="measuring", timeout=limit + _WAIT)[0]
+        except Interrupted:
+            raise
         except DltrainError as error:
             failed[node] = str(error)
             continue

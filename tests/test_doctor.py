@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from dltrain.core.errors import Interrupted
+from dltrain.core.job import CheckpointSpec, TrackingSpec
 from dltrain.launcher.chaos.machines import Machine, machines, why_not
+from dltrain.launcher.doctor import look
+from dltrain.launcher.messages import NodeInfo
 from launching import Sandbox
 from ray_clusters import RayCluster, ray_on
 from wandb_server import Fault, StandIn
@@ -72,6 +79,39 @@ def greet(listener: socket.socket) -> None:
         near.shutdown(socket.SHUT_WR)
         while near.recv(65536):  # closed with any of the request unread, it would be reset, and the answer lost
             pass
+
+
+class StoppedCluster:
+    """A node that is asked to stop while it measures. A request to its agent is known by its name."""
+
+    def __init__(self) -> None:
+        self.nodes = [NodeInfo(0, "m0", "127.0.0.1", "r0", 1, None, (0,), 1, ((0,),), (), {})]
+        self.agents = [self]
+        self.measured = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *_args, **_more: name)
+
+    def gather(self, refs: Sequence[str], *, waiting_for: str, timeout: float | None = None) -> list[Any]:
+        if refs == ["errand"]:
+            self.measured += 1
+            raise Interrupted("stopped", signum=2)
+        answers = {"examine": SimpleNamespace(at=time.time()), "open_store": 29500, "close_stores": None}
+        return [answers[ref] for ref in refs]
+
+
+def test_a_stop_ends_the_measuring_and_is_no_finding(tmp_path: Path) -> None:
+    cluster: Any = StoppedCluster()
+    with pytest.raises(Interrupted) as stop:  # exit code 130
+        look(
+            cluster,
+            checkpoint=CheckpointSpec(),
+            tracking=TrackingSpec(),
+            runs=tmp_path,
+            phase=lambda _: None,
+            pairings=None,
+        )
+    assert (stop.value.signum, cluster.measured) == (2, 1)
 
 
 @pytest.fixture
