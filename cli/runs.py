@@ -223,7 +223,9 @@ def show_logs(run: str | None, where: Where, *, pick: Pick, follow: bool) -> int
     else:
         assert path is not None
         logs = Logs(path, pick)
-        if follow:
+        if follow and logs.over():
+            logs.check()
+        elif follow:
             for problem in logs.missing():
                 sys.stderr.write(f"dltrain: so far, {problem.what}: waiting, as long as the run goes on\n")
         lines = logs.follow() if follow else logs.read()

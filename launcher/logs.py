@@ -122,17 +122,18 @@ class Logs:
         """
         quiet = 0
         while quiet < _QUIET:
-            over = self._over()  # asked first: what was printed before the end is read after it
+            over = self.over()  # asked first: what was printed before the end is read after it
             before = self._read_so_far()
             yield from self._whole()
             idle = self._read_so_far() == before
             quiet = quiet + 1 if over and idle else 0
             if idle:
                 time.sleep(_POLL)
-        self.check()
         yield from self._unfinished()
+        self.check()
 
-    def _over(self) -> bool:
+    def over(self) -> bool:
+        """Whether the run has ended."""
         record = Record.read(self.run)
         return record is not None and standing(record) != "running"
 

@@ -211,8 +211,7 @@ def test_ranks_that_the_run_has_not_had_are_refused_with_those_that_it_has(tmp_p
         put(run, generation, rank, b"a\n")
     for options, says in (
         ("--rank=7", "--rank: the run has no logs of rank 7 there are those of rank 0 to 3"),
-        ("--rank=7 -f", "so far, the run has no logs of rank 7"),
-        ("--rank=7 -f", "there are those of rank 0 to 3"),
+        ("--rank=7 -f", "--rank: the run has no logs of rank 7 there are those of rank 0 to 3"),
         ("--rank=1 --node=9 --node=8", "--node: the run has no logs of node 8 to 9 there are those of node 0 to 1"),
         (
             "--rank=0 --generation=2",
@@ -223,6 +222,7 @@ def test_ranks_that_the_run_has_not_had_are_refused_with_those_that_it_has(tmp_p
         refused = dltrain("logs", "mine", f"--run-dir={tmp_path}", *options.split())
         assert (refused.code, refused.out) == (2, ""), refused.err
         assert says in " ".join(refused.err.split())
+        assert "waiting" not in refused.err  # it has ended
     shown = dltrain("logs", "mine", f"--run-dir={tmp_path}", "--rank=3")
     assert (shown.code, shown.out) == (0, "[generation 0, rank 3] a\n")
 
@@ -252,6 +252,20 @@ def test_following_takes_in_what_comes_until_the_end(tmp_path: Path) -> None:
         f"[generation {g}, rank 0] {t}\n".encode() for g, t in ((0, "a"), (0, "bc"), (0, "d"), (1, "e"), (1, "f"))
     ]
     run.close()
+
+
+def test_what_is_not_there_yet_is_waited_for_and_then_refused_after_all_that_is(sandbox: Sandbox) -> None:
+    run = RunDir.create(sandbox.folder / "runs", "mine", {})
+    put(run.path, 0, 0, b"a\nb")
+    with sandbox.start("logs", "-f", "--rank=0", "--rank=7") as following:
+        assert following.stderr is not None
+        assert "so far, the run has no logs of rank 7: waiting" in following.stderr.readline()
+        run.update(state="failed")
+        out, err = following.communicate(timeout=60)
+    run.close()
+    assert following.returncode == 2, err
+    assert out == "[generation 0, rank 0] a\n[generation 0, rank 0] b\n"
+    assert "the run has no logs of rank 7" in err
 
 
 # ---- the commands, against a launch
