@@ -199,11 +199,12 @@ def parse(raw: bytes, *, step: int, where: str) -> Manifest:
     """
     try:
         values = json.loads(raw)
+        text = _of_older(values) if _version(values) in (1, 2) else raw
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint(step, MANIFEST, "", f"not JSON ({error})") from None
     _refuse_newer(values, where)
     try:
-        manifest = Manifest.model_validate_json(_of_older(values) if _version(values) in (1, 2) else raw)
+        manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         raise _corrupt(step, error) from None
     if manifest.step != step:

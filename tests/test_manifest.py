@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -138,6 +139,16 @@ def test_many_pieces_are_checked_quickly() -> None:
     base["tensors"]["w"]["pieces"][77]["offset"] = [50, 50]
     with pytest.raises(CorruptCheckpoint, match="overlap"):
         parse(json.dumps(base).encode(), step=1, where="here")
+
+
+def test_a_manifest_that_is_too_deep_is_refused(local: Storage) -> None:
+    save(local, 5, whole(make_state(), 1))
+    document = json.loads(local.read("step-00000005/manifest.json"))
+    for version in (1, 3):
+        text = json.dumps(document | {"format": version, "extra": {"deep": "HERE"}})
+        for depth in range(256, sys.getrecursionlimit() + 10):  # what can be read need not be fit to be written
+            with pytest.raises(CorruptCheckpoint):
+                parse(text.replace('"HERE"', "[" * depth + "]" * depth).encode(), step=5, where="here")
 
 
 def test_a_newer_format_is_refused_with_the_version_named_and_no_older_one_taken(local: Storage) -> None:
