@@ -22,7 +22,10 @@ class RunFolder:
     path: Path
 
     def rows(self) -> list[dict[str, Any]]:
-        whole, _, _ = (self.path / "metrics.jsonl").read_text().rpartition("\n")  # a row may just be written
+        record = self.path / "run.json"
+        running = record.exists() and self.record()["state"] == "running"  # asked first: a row may just be written then
+        whole, _, begun = (self.path / "metrics.jsonl").read_text().rpartition("\n")
+        assert running or not begun, f"the run is over, and its last row is torn: {begun}"
         return [json.loads(line) for line in whole.splitlines()]
 
     def steps(self) -> list[int]:

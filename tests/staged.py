@@ -103,6 +103,9 @@ class Staged(CnnRecipe):
             if callable(heard):
                 heard(number, frame)
             self._signalled.touch()
+            if heard == signal.SIG_DFL:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
 
         signal.signal(signal.SIGTERM, tell)
 
