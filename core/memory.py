@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from .job import Job
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 #: torch's allocator of memory on the host, torch's of memory on a GPU, numpy.
 _ASKED = re.compile(r"(?:tried to allocate|Unable to allocate) ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
+_RECENT = 5.0  # seconds before its exit is noticed in which a process was killed, with time to give back its memory
 _UNLIMITED = 1 << 60  # the kernel's word for no limit is a number near 2**63
 
 
@@ -70,10 +73,35 @@ def memory_groups(proc: Path, groups: Path) -> list[Path]:
 
 
 def kills(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """How many processes the kernel has killed for want of memory so far: in this one's control group, anywhere."""
-    events = [_counter(group / "memory.events", "oom_kill") for group in memory_groups(proc, groups)]
-    events += [_counter(group / "memory.oom_control", "oom_kill") for group in memory_groups(proc, groups)]
+    """How many processes the kernel has killed for want of memory so far: in this one's control group, anywhere.
+
+    A process counts in the group that it is in, whichever group's limit it was killed for: none of another container
+    counts in the groups around this one.
+    """
+    files = ("memory.events.local", "memory.oom_control")
+    events = [_counter(group / name, "oom_kill") for group in memory_groups(proc, groups) for name in files]
     return max(events, default=0), _counter(proc / "vmstat", "oom_kill")
+
+
+class RecentKills:
+    """What :func:`kills` counts in the last seconds: an older kill did not end a process that has only now ended."""
+
+    def __init__(self, count: Callable[[], tuple[int, int]] = kills) -> None:
+        self._count = count
+        self._seen: deque[tuple[float, tuple[int, int]]] = deque()
+
+    def look(self, now: float) -> None:
+        """Count, about once a second; ``now`` by any clock that only runs forward."""
+        if not self._seen or now - self._seen[-1][0] >= 1.0:
+            self._seen.append((now, self._count()))
+        while len(self._seen) > 1 and now - self._seen[1][0] >= _RECENT:
+            self._seen.popleft()
+
+    def since(self, began: tuple[int, int]) -> tuple[int, int]:
+        """The recent ones after ``began`` was counted."""
+        before = self._seen[0][1] if self._seen else began
+        group, machine = (now - max(then) for now, *then in zip(self._count(), before, began, strict=True))
+        return group, machine
 
 
 def remedies(job: Job) -> list[str]:

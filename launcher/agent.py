@@ -22,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..core import memory
 from ..core.errors import Problem
+from ..core.memory import RecentKills
 from ..core.processes import Process
 from ..core.wire import Channel
 from . import untyped
@@ -65,6 +65,7 @@ class NodeAgent(NodeMemory):
         self._lease = math.inf
         self._alone = 0.0
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._kills = RecentKills()
         self._terminated = self._notified = False
         if threading.current_thread() is threading.main_thread():
             self._before: Any = signal.signal(signal.SIGTERM, self._preempt)
@@ -326,6 +327,8 @@ class NodeAgent(NodeMemory):
                     found.append(self._event(rank, "closed"))
                     self._forget(key)
             self._let_go()
+            if self._ranks:
+                self._kills.look(time.monotonic())
         if found:
             self._news.tell(found)
 
@@ -344,7 +347,7 @@ class NodeAgent(NodeMemory):
         rank.ended = True
         recorded = rank.recorded_error()
         beat = rank.pulse.read()
-        kills = tuple(now - then for now, then in zip(memory.kills(), rank.oom_kills, strict=True))
+        kills = self._kills.since(rank.oom_kills)
         why = {"what": event.what, "error_file": recorded, "step": beat.step, "phase": beat.phase, "oom_kills": kills}
         return [*self._read_messages(rank), self._event(rank, "exit", exit=event.exit, data=why)]
 

@@ -52,8 +52,8 @@ def casualty_of(
 
     Args:
         traces: what the agent found: that ``error_file``, ``step`` and ``phase`` of the last mark, and ``oom_kills``:
-            how many processes the kernel has killed for want of memory since the rank began, in its control group and
-            on the machine.
+            how many processes the kernel has just killed for want of memory, in the rank's control group and on the
+            machine.
         remedies: what would let ranks hold less memory.
         speaks: the program is ours, which tells of every end: without a word from it, it was gone abruptly.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from dltrain.core.config import load_job
-from dltrain.core.memory import Room, asked, in_words, kills, remedies
+from dltrain.core.memory import RecentKills, Room, asked, in_words, kills, remedies
 from dltrain.launcher.failure import casualty_of
 from dltrain.launcher.messages import Exit
 from dltrain.training.scarcity import out_of_memory
@@ -72,12 +72,13 @@ def test_control_groups_bound_the_room_and_count_their_kills(tmp_path: Path) -> 
     (proc / "self/cgroup").write_text("0::/job/rank\n")
     (inner / "memory.max").write_text("max\n")
     (inner / "memory.current").write_text("5000\n")
-    (inner / "memory.events").write_text("oom 4\noom_kill 2\n")
+    (inner / "memory.events.local").write_text("oom 4\noom_kill 2\n")
     (inner.parent / "memory.max").write_text("9000\n")
     (inner.parent / "memory.current").write_text("6000\n")
-    (inner.parent / "memory.events").write_text("oom_kill 3\n")
+    (inner.parent / "memory.events").write_text("oom_kill 30\n")  # of all containers in it
+    (inner.parent / "memory.events.local").write_text("oom_kill 0\n")
     assert Room.now(proc, groups) == Room(9000, 3000, 100 * 1024)
-    assert kills(proc, groups) == (3, 7)
+    assert kills(proc, groups) == (2, 7)
     old = groups / "memory/job"
     old.mkdir(parents=True)
     (proc / "self/cgroup").write_text("4:memory:/job\n0::/\n")
@@ -86,6 +87,21 @@ def test_control_groups_bound_the_room_and_count_their_kills(tmp_path: Path) -> 
     (old / "memory.oom_control").write_text("oom_kill_disable 0\noom_kill 5\n")
     assert Room.now(proc, groups) == Room(8000, 7000, 100 * 1024)
     assert kills(proc, groups) == (5, 7)
+
+
+def test_only_what_the_kernel_killed_just_now_counts() -> None:
+    began = counted = (4, 9)
+    recent = RecentKills(lambda: counted)
+    found: list[tuple[int, int]] = []
+    for second in range(30):
+        counted = (5, 11) if second >= 10 else began
+        recent.look(float(second))
+        found.append(recent.since(began))
+    assert found == [(0, 0)] * 10 + [(1, 2)] * 5 + [(0, 0)] * 15
+    counted = (5, 12)
+    assert recent.since(began) == (0, 1)
+    assert recent.since((5, 12)) == (0, 0)  # it began after that
+    assert RecentKills(lambda: (5, 9)).since(began) == (1, 0)  # nobody has looked before
 
 
 @pytest.mark.parametrize(
