@@ -42,6 +42,9 @@ PRELOAD = (
 #: Likewise where nothing is to be trained: what looking at a cluster takes, in less than half the time.
 PRELOAD_PROBE = ("dltrain.training.links",)
 
+#: The code with which a server ends where another one of its name is there.
+TAKEN = os.EX_TEMPFAIL
+
 _MAX_MESSAGE = 1 << 16
 _MAX_FDS = 8
 _PR_SET_PDEATHSIG = 1
@@ -286,7 +289,7 @@ def main() -> None:
         listener.bind("\0" + name)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return
+            sys.exit(TAKEN)
         raise
     listener.listen(64)
     listener.setblocking(False)

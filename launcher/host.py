@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import __version__
 from ..core.errors import DltrainError
-from .forkserver import PRELOAD, peer_uid
+from .forkserver import PRELOAD, TAKEN, peer_uid
 from .messages import ChildSpec, Exit
 
 _FIRST_CLIENT_TIMEOUT = 60.0
@@ -109,7 +109,9 @@ class ForkServer:
                 if starter is not None:
                     starter.wait(max(1.0, deadline - time.monotonic()))  # it leaves the server behind and ends
                 return cls(sock, log)
-            died = starter is not None and started and (starter.returncode != 0 or _said(log))
+            died = False
+            if starter is not None and started and starter.returncode != TAKEN:
+                died = starter.returncode != 0 or _said(log)
             if died or time.monotonic() > deadline:
                 what = "died as it started" if died else f"did not start within {timeout:g} s"
                 raise HostError(f"the fork server {what}:\n{_tail(log)}")

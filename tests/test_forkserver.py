@@ -241,7 +241,7 @@ def test_a_server_that_ends_just_as_one_is_asked_for_is_replaced(sandbox: Sandbo
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as ending, ThreadPoolExecutor(1) as pool:
         ending.bind("\0" + name)  # and answers nobody any more
-        asked = pool.submit(Lease, sandbox, name=name)
+        asked = pool.submit(Lease, sandbox, name=name, PYTHONWARNINGS="odd")  # its interpreter prints a complaint
         first = wait_for(starters, what="the start of a server")
         wait_for(lambda: set(starters()).isdisjoint(first), what="its end: the name is taken")  # pyright: ignore[reportArgumentType]
         ending.close()
