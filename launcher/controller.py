@@ -130,7 +130,7 @@ class Controller:
                 return Ending(decision, said, reports.newest, restarts, refused, costs)
             restarts += decision.action == "restart"
             history = history.after(decision, lost=bool(generation.lost), fruitful=self._fruitful(generation))
-            reached = generation.reached(self._metrics.last_step)
+            reached = self._intake.reached(generation)
             self._goodput.restart()
             if generation.lost:
                 self._fence(number)  # what runs on a lost node may only be out of reach
@@ -229,7 +229,7 @@ class Controller:
     def _fruitful(self, generation: Generation) -> bool:
         """Whether it has got anywhere."""
         long = self._program.kind == "script" and time.monotonic() - generation.since > _FRUITFUL
-        return long or generation.reached(self._metrics.last_step) > generation.step
+        return long or self._intake.reached(generation) > generation.step
 
     def _look_for_stall(self, generation: Generation) -> None:
         """Where no rank gets any further, say who is to blame, and find out before anything is ended."""

@@ -41,7 +41,7 @@ class Generation:
     lost_at: float = 0.0
     """Unix time in seconds at which the first lost node was noticed."""
     step: int = -1
-    """The newest step that earlier ones had got to as it was started."""
+    """The newest step that earlier ones had got to as it was started, or that it goes on from."""
     since: float = field(default_factory=time.monotonic)
     regrouping: bool = False
     """Its ranks were asked to save and end, to go on with more nodes."""
@@ -60,10 +60,10 @@ class Generation:
         """Ranks that may still say something: not closed, and not on a lost node."""
         return {r for r in range(self.world) if r not in self.closed and r // self.nproc not in self.lost}
 
-    def reached(self, last_step: int) -> int:
-        """The newest step that it or an earlier one has got to: in the metrics, or where its ranks ended or stood."""
+    def reached(self, *told: int) -> int:
+        """The newest step that it or an earlier one has got to: one ``told``, or where its ranks ended or stood."""
         stood = [place.step for place in self.standstill.places] if self.standstill else []
-        return max(self.step, last_step, *stood, *(casualty.failure.step for casualty in self.casualties.values()))
+        return max(self.step, *told, *stood, *(casualty.failure.step for casualty in self.casualties.values()))
 
     def status(self, *, broken: str, complete: bool, stop_asked: bool, fruitful: bool) -> Status:
         """What the policy is to know of it, and of what only the caller knows."""

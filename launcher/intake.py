@@ -87,6 +87,7 @@ class Intake:
                 self._metrics.log(message["step"], message["metrics"])
             case "setup":
                 generation.begun = True
+                generation.step = max(generation.step, message["start"])
                 if message["origin"] != "memory":
                     self.saved = message["start"] or -1
                 self._view.setup(message)
@@ -121,6 +122,10 @@ class Intake:
                 generation.said[rank] = message
             case other:
                 raise ValueError(f"rank {rank} sent a message of kind {other!r}")
+
+    def reached(self, generation: Generation) -> int:
+        """The newest step that ``generation`` or an earlier one has got to, as far as anything tells of it."""
+        return generation.reached(self._metrics.last_step, self.saved, self.watched.newest)
 
     def _take_rows(self, rows: Iterable[RunRow]) -> None:
         for row in rows:

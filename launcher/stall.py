@@ -80,6 +80,9 @@ class StallWatch:
         limit: seconds, "auto" or "never".
         at_start: seconds.
         before: what watched the generation before this one.
+
+    Attributes:
+        newest: the newest step that a rank has come to while it was watched; -1 before.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class StallWatch:
         self._known: dict[str, float] = dict(before._learnt) if before else {}
         self._learnt = dict(self._known)
         self._ranks: dict[int, _Seen] = {}
+        self.newest = -1
 
     def row(self, row: RunRow) -> None:
         """Learn how long steps take."""
@@ -110,6 +114,7 @@ class StallWatch:
             before = seen.beat
             moved = (beat.step, beat.phase) != (before.step, before.phase) or beat.age < before.age
             if moved:
+                self.newest = max(self.newest, beat.step)
                 self._stopped.discard(beat.rank)
                 self._learn_pace(seen, beat)
             seen.still = 0.0 if moved else seen.still + min(now - seen.at, _GLANCE)
