@@ -209,7 +209,8 @@ class Controller:
             if decision.action in ("finish", "refuse"):
                 return decision
             trouble_since = trouble_since or time.monotonic()
-            if time.monotonic() - trouble_since >= patience(decision.culprit) or not generation.alive():
+            enough = patience(decision.culprit, told=generation.told())
+            if time.monotonic() - trouble_since >= enough or not generation.alive():
                 return decision
 
     def _settle(self) -> None:

@@ -91,6 +91,10 @@ class Generation:
         """Ranks that still run, as far as is known."""
         return self.present() - self.exited
 
+    def told(self) -> bool:
+        """Whether one of them has told what it failed with, and that is not another's failure."""
+        return any(not self.said[rank]["witness"] for rank in self.alive() & self.said.keys())
+
 
 @dataclass(frozen=True)
 class Program:

@@ -159,5 +159,8 @@ def _gone(held: Mapping[int, Sequence[HeldImage]], world: int) -> str:
 
 
 def _killed(generation: Generation) -> bool:
-    """Whether a rank was taken from outside before it could begin."""
-    return bool(generation.lost) or any(casualty.failure.abrupt for casualty in generation.casualties.values())
+    """Whether its ranks were taken from outside before they could begin, or cut off from each other."""
+    stopped = generation.standstill.stall.culprits if generation.standstill else ()
+    failures = (*stopped, *(casualty.failure for casualty in generation.casualties.values()))
+    first = min(failures, key=lambda failure: failure.order, default=None)
+    return bool(generation.lost) or (first is not None and (first.abrupt or first.witness))

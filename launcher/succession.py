@@ -34,8 +34,9 @@ class Succession:
     def settle(self, generation: Generation, decision: Decision) -> tuple[Decision, str]:
         """Settle who trains after ``generation``; the decision, another one where nobody can, and what has changed."""
         lost = dict(generation.lost)
-        culprit = decision.culprit
-        if culprit is not None and culprit.node not in lost and self._roster.blame(culprit.node):
+        culprit = decision.culprit if decision.counts else None
+        to_blame = culprit is not None and not culprit.witness and culprit.node not in lost
+        if culprit is not None and to_blame and self._roster.blame(culprit.node):
             lost[culprit.node] = "it has failed again and again"
         if lost:
             self._roster.lose(lost)

@@ -8,7 +8,9 @@ import torch.distributed as dist
 
 _LIBRARY = re.compile(r"gloo|nccl", re.IGNORECASE)
 _BROKEN = re.compile(
-    r"closed by (remote )?peer|reset by peer|broken pipe|connection refused|ncclRemoteError", re.IGNORECASE
+    r"closed by (remote )?peer|likely closed|reset by peer|broken pipe|connection refused|no route to host|"
+    r"network is unreachable|ncclRemoteError",
+    re.IGNORECASE,
 )
 
 
