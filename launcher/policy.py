@@ -17,6 +17,7 @@ _CRASHES = frozenset({"SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSY
 _WITNESS_TIME = 0.3  # seconds to hear of other failures after the first, so that the report names the true first
 _KNOWN_CAUSE = 0.1  # the same when one was killed: what the others say is a consequence
 _UNKNOWN_CAUSE = 4.0  # the same when a connection broke, and who broke it is not known: a lost machine is after three
+_TOLD_CAUSE = 10.0  # the same when a rank has told of its failure, and is still to end
 
 Action = Literal["wait", "finish", "stopped", "restart", "regroup", "refuse", "fail"]
 
@@ -56,10 +57,13 @@ class RankFailure:
     def from_outside(self) -> bool:
         """Whether it is nothing that the program did, as far as can be told: it was killed or stopped, or cut off.
 
-        A crash counts as such too: a machine may be the cause of one.
+        A crash counts as such too: a machine may be the cause of one. So does a snapshot in memory of which parts are
+        missing: the next start goes on from a checkpoint.
         """
         if self.starved or self.final or self.refused:
             return False
+        if self.error == "CorruptCheckpoint" and self.step < 0:
+            return True
         return self.witness or (self.abrupt and (self.error == "stall" or self.error in signal.Signals.__members__))
 
     @property
@@ -130,6 +134,11 @@ class History:
     culprits: tuple[RankFailure | None, ...] = ()
     replaces: bool = False
     fruitless: int = 0
+
+    @property
+    def lately(self) -> tuple[RankFailure | None, ...]:
+        """The first failures of the last generations, since one of them got anywhere."""
+        return self.culprits[max(0, len(self.culprits) - self.fruitless) :]
 
     @property
     def goes_on(self) -> bool:
@@ -213,15 +222,21 @@ def _by_cause(status: Status, history: History, reason: str, culprit: RankFailur
     outside = culprit.from_outside if culprit is not None else bool(status.lost_nodes)
     if not outside:
         return Decision("fail", reason, culprit)
-    if culprit is not None and any(_same_crash(culprit, earlier) for earlier in history.culprits):
+    if culprit is not None and any(_same_crash(culprit, earlier) for earlier in history.lately):
         return Decision("fail", f"{reason}; {_AS_BEFORE}", culprit)
     if history.times(fruitful=status.fruitful) >= _FRUITLESS:
         return Decision("fail", f"{reason}; {_TOO_OFTEN}", culprit)
     return Decision("restart", reason, culprit)
 
 
-def patience(culprit: RankFailure | None) -> float:
-    """Seconds to hear of other failures after the first one, where this is the first of those known."""
+def patience(culprit: RankFailure | None, *, told: bool = False) -> float:
+    """Seconds to hear of other failures after the first one, where this is the first of those known.
+
+    Args:
+        told: a rank that has not ended yet has told what it failed with, and that is not another's failure.
+    """
+    if culprit is not None and culprit.witness and told:
+        return _TOLD_CAUSE
     if culprit is not None and culprit.witness and not culprit.final:
         return _UNKNOWN_CAUSE
     return _KNOWN_CAUSE if culprit is not None and culprit.abrupt else _WITNESS_TIME
@@ -243,7 +258,10 @@ def _preempted(status: Status, history: History, culprit: RankFailure | None = N
 
 def _reason(status: Status, culprit: RankFailure | None) -> str:
     if culprit is not None:
-        return f"rank {culprit.rank} on node {culprit.node} failed with {culprit.error}"
+        who = f"rank {culprit.rank} on node {culprit.node}"
+        if culprit.witness and not culprit.final:
+            return f"the connection of {who} to another broke, and nobody is known to have failed"
+        return f"{who} failed with {culprit.error}"
     nodes: dict[str, list[str]] = {}
     for node, why in sorted(status.lost_nodes.items()):
         nodes.setdefault(why, []).append(str(node))

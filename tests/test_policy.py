@@ -151,7 +151,9 @@ def test_decisions(seen: Status, before: History, action: str, reason: str, culp
 
 
 CRASHED = replace(KILLED, error="SIGSEGV", step=7)
+AT_START = replace(CRASHED, step=-1)
 LEFT = replace(KILLED, error="exit code 3", step=7)
+USELESS = replace(RAISED, error="CorruptCheckpoint", step=-1)
 CUT_OFF = replace(RAISED, rank=0, error="RuntimeError", what="Connection closed by peer", witness=True)
 OTHERS = (KILLED, replace(RAISED, rank=3), None)
 
@@ -165,7 +167,8 @@ OTHERS = (KILLED, replace(RAISED, rank=3), None)
         (status(failures=(KILLED,)), auto(*[KILLED] * 50), "restart", "SIGKILL", KILLED),
         (status(failures=(CRASHED,)), auto(), "restart", "SIGSEGV", CRASHED),
         (status(failures=(CRASHED,)), auto(replace(CRASHED, step=6)), "restart", "SIGSEGV", CRASHED),
-        (status(failures=(CUT_OFF,)), auto(), "restart", "rank 0 on node 0 failed with RuntimeError", CUT_OFF),
+        (status(failures=(CUT_OFF,)), auto(), "restart", "the connection of rank 0 on node 0 to another bro", CUT_OFF),
+        (status(failures=(USELESS,)), auto(), "restart", "failed with CorruptCheckpoint", USELESS),
         (status(lost_nodes=LOST), auto(*OTHERS), "restart", "node 1 was lost: its agent died", None),
         (status(stall=replace(STALL, culprits=(STOPPED,))), auto(STOPPED), "restart", "is stopped", STOPPED),
         (status(ended=4, preempted=TOLD), auto(), "restart", "rank 1 was sent SIGTERM", None),
@@ -177,10 +180,13 @@ OTHERS = (KILLED, replace(RAISED, rank=3), None)
         (status(lost_nodes=LOST), auto(fruitless=2), "fail", "that happened 3 times without a new step", None),
         (status(ended=4, preempted=TOLD), auto(fruitless=2), "fail", "3 times without a new step", None),
         # a crash that comes again is no accident
-        (status(failures=(CRASHED,), fruitful=True), auto(CRASHED, KILLED), "fail", "would end alike", CRASHED),
-        (status(failures=(replace(CRASHED, step=-1),)), auto(replace(CRASHED, step=-1)), "fail", "alike", ...),
+        (status(failures=(CRASHED,)), auto(CRASHED, KILLED, fruitless=2), "fail", "would end alike", CRASHED),
+        (status(failures=(AT_START,)), auto(AT_START, fruitless=1), "fail", "would end alike", AT_START),
+        (status(failures=(AT_START,)), auto(AT_START, KILLED, fruitless=1), "restart", "SIGSEGV", AT_START),
+        (status(failures=(AT_START,)), auto(AT_START), "restart", "SIGSEGV", AT_START),  # weeks ago
         # the program's doing: at once
         (status(failures=(RAISED,)), auto(), "fail", "rank 1 on node 0 failed with ValueError", RAISED),
+        (status(failures=(replace(USELESS, step=7),)), auto(), "fail", "CorruptCheckpoint", ...),
         (status(failures=(CUT_OFF, RAISED)), auto(), "fail", "rank 1 on node 0 failed with ValueError", RAISED),
         (status(failures=(STARVED,)), auto(), "fail", "SIGKILL", STARVED),
         (status(failures=(replace(RAISED, starved=True),)), auto(), "fail", "ValueError", ...),
@@ -214,7 +220,8 @@ def test_auto_counts_the_ends_between_which_there_was_no_new_step() -> None:
 
 
 def test_where_only_a_broken_connection_is_known_its_cause_is_waited_for() -> None:
-    assert patience(KILLED) < patience(RAISED) == patience(None) < 3 < patience(CUT_OFF)
+    assert patience(KILLED) < patience(RAISED) == patience(None) < 3 < patience(CUT_OFF) < patience(CUT_OFF, told=True)
+    assert patience(KILLED, told=True) == patience(KILLED)
     assert patience(replace(FINAL, witness=True)) == patience(RAISED)
 
 
