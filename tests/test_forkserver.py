@@ -17,6 +17,7 @@ from textwrap import dedent
 
 import pytest
 from dltrain.core.pulse import Pulse
+from dltrain.launcher.forkserver import TAKEN
 from dltrain.launcher.host import ForkServer, HostError, last_edit, server_name
 from dltrain.launcher.messages import ChildSpec, Exit
 from launching import Sandbox, wait_for
@@ -188,7 +189,7 @@ def test_a_child_that_has_hardly_begun_ends_with_its_lease(lease: Lease, sandbox
 def test_leases_on_one_server_are_apart_and_a_second_server_defers_to_the_first(lease: Lease, sandbox: Sandbox) -> None:
     command = [sys.executable, "-P", "-m", "dltrain.launcher.forkserver", lease.name, "5"]
     second = subprocess.run(command, env=lease.environ, timeout=TIMEOUT, check=False)
-    assert second.returncode == 0
+    assert second.returncode == TAKEN
     other = Lease(sandbox, name=lease.name)
     assert other.pid == lease.pid
     for each in (lease, other):

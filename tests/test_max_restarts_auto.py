@@ -19,7 +19,7 @@ from dltrain.launcher.messages import HeldImage, Point, RankBeat
 from dltrain.launcher.policy import Decision, RankFailure, Stall
 from dltrain.launcher.recall import Recall
 from dltrain.launcher.staffing import Crew
-from dltrain.launcher.stall import Standstill, StallWatch
+from dltrain.launcher.stall import StallWatch, Standstill
 from dltrain.launcher.succession import Succession
 from dltrain.training.connections import is_broken_connection
 from launching import Sandbox, wait_for
@@ -159,7 +159,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:{line}] {what}"
         (RuntimeError(GLOO.format(line=550, what="Connection closed by peer [10.0.0.1]:53684")), True),
         (DistNetworkError(f"Failed to recv, got 0 bytes. {STORE_GONE}"), True),
         (DistNetworkError(f"Failed to send, sent 0 bytes. {STORE_GONE}"), True),
-        (DistNetworkError("The client socket has failed to connect to [n1]:29500 (errno: 113 - No route to host)"), True),
+        (DistNetworkError("The client socket has failed to connect to n1:29500 (errno: 113 - No route to host)"), True),
         (RuntimeError(GLOO.format(line=144, what="connect [10.0.0.1]:53684: Network is unreachable")), True),
         (RuntimeError(GLOO.format(line=90, what="Timed out waiting 1800000ms for recv operation to complete")), False),
         (RuntimeError("the database says: connection reset by peer"), False),
