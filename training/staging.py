@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
@@ -19,7 +18,6 @@ from ..checkpoint.writer import PieceKey, Planned, held, plan_shard
 from ..core.contracts import ShardedState
 
 _ALIGNMENT = 64
-_HUGE = 32 << 20  # bytes from which memory is asked for in huge pages, whose last one may be nearly empty
 
 
 @dataclass(frozen=True)
@@ -122,9 +120,6 @@ class Stage:
         self.fd, self.capacity = fd, capacity
         self._number = number
         self._memory = mmap.mmap(fd, DATA + capacity)
-        if capacity >= _HUGE:
-            with contextlib.suppress(OSError):  # a kernel without them
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)[DATA:]
         self._views: tuple[ImagePlan | None, list[Tensor]] = (None, [])
 
